@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cross_entropy.hpp"
+
+#include <limits>
+
+#include "numerics.hpp"
+
+namespace fastloss {
+namespace {
+
+double number(const void* data, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case kF64:
+      return static_cast<const double*>(data)[i];
+    case kF16:
+      return widen(static_cast<const F16*>(data)[i]);
+    case kBF16:
+      return widen(static_cast<const BF16*>(data)[i]);
+    default:
+      return static_cast<const float*>(data)[i];
+  }
+}
+
+Dtype accumulation(Dtype dtype) { return dtype == kF64 ? kF64 : kF32; }
+
+void write_number(void* data, Dtype dtype, int64_t i, double value) {
+  if (dtype == kF64) {
+    static_cast<double*>(data)[i] = value;
+  } else {
+    static_cast<float*>(data)[i] = static_cast<float>(value);
+  }
+}
+
+// The parts of a call that forward and backward share.
+class Call {
+ public:
+  explicit Call(const CrossEntropyCall& call)
+      : c_(call), classes_(call.logits.shape[call.logits.axis]), soft_(call.soft_target), options_{call.label_smoothing, call.z_loss} {}
+
+  bool ignored(int64_t row) const { return !soft_ && c_.target[row] == c_.ignore_index; }
+
+  double row_weight(int64_t row) const {
+    return soft_ || !c_.weight ? 1.0 : number(c_.weight, accumulation(c_.logits.dtype), c_.target[row]);
+  }
+
+  // The rows that count, by weight: what the mean is divided by.
+  double counted(int64_t rows) const {
+    if (soft_) return static_cast<double>(rows);
+    double sum = 0.0;
+    for (int64_t row = 0; row < rows; ++row) {
+      if (!ignored(row)) sum += row_weight(row);
+    }
+    return sum;
+  }
+
+  double row_loss(int64_t row, const RowStats& stats, const double* target_z, SavedRow* saved) const {
+    if (soft_) return cross_entropy_of_soft_target(options_, classes_, stats, saved);
+    return cross_entropy_of_id(options_, classes_, stats, *target_z, row_weight(row), saved);
+  }
+
+  void row_gradient(int64_t row, const SavedRow& saved, double upstream, GradientRow& out, double* g) const {
+    out = cross_entropy_gradient(options_, classes_, saved, row_weight(row), soft_, upstream);
+    if (!soft_) *g = upstream * row_weight(row) * (1.0 - options_.label_smoothing);
+  }
+
+  Sweep sweep(const Tensor& grad) const {
+    Sweep sweep;
+    sweep.pass.classes = classes_;
+    sweep.pass.transform = c_.transform;
+    sweep.pass.weight = c_.label_smoothing != 0.0 || soft_ ? c_.weight : nullptr;
+    sweep.pass.want = c_.label_smoothing != 0.0 ? kWantWeighted : 0;
+    sweep.logits = c_.logits;
+    sweep.soft = c_.soft_target;
+    sweep.grad = grad;
+    sweep.targets = c_.target;
+    if (!soft_) sweep.ignored = [this](int64_t row) { return ignored(row); };
+    return sweep;
+  }
+
+ private:
+  const CrossEntropyCall& c_;
+  const int64_t classes_;
+  const bool soft_;
+  const CrossEntropyOptions options_;
+};
+
+// In a fixed order, whatever the threads did.
+double ordered_sum(const std::vector<double>& values) {
+  constexpr size_t kChains = 8;
+  double chain[kChains] = {};
+  for (size_t i = 0; i < values.size(); ++i) chain[i % kChains] += values[i];
+  double sum = 0.0;
+  for (const double part : chain) sum += part;
+  return sum;
+}
+
+}  // namespace
+
+double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const double* denominator, void* loss, double* saved,
+                     const Tensor& grad) {
+  const Call call(c);
+  const int64_t rows = row_count(c.logits);
+  if (c.target) check_targets(c.target, rows, c.logits.shape[c.logits.axis], &c.ignore_index);
+  const double divisor = reduction != Reduction::kMean ? 1.0 : denominator ? *denominator : call.counted(rows);
+  const double upstream = 1.0 / divisor;
+  const Dtype dtype = accumulation(c.logits.dtype);
+
+  std::vector<double> losses(reduction == Reduction::kNone ? 0 : rows);
+  std::vector<SavedRow> kept(saved ? 0 : rows);
+  SavedRow* rows_saved = saved ? reinterpret_cast<SavedRow*>(saved) : kept.data();
+  Sweep sweep = call.sweep(grad);
+  sweep.on_row = [&](int64_t row, const RowStats* stats, const double* target_z, const int64_t*) {
+    rows_saved[row] = {};
+    const double row_loss = stats ? call.row_loss(row, *stats, target_z, &rows_saved[row]) : 0.0;
+    if (reduction == Reduction::kNone) {
+      write_number(loss, dtype, row, row_loss);
+    } else {
+      losses[row] = row_loss;
+    }
+  };
+  if (grad) {
+    sweep.coefficients = [&](int64_t row, GradientRow& out, double* g) {
+      call.row_gradient(row, rows_saved[row], upstream, out, g);
+    };
+  }
+  sweep.run();
+  if (reduction == Reduction::kSum) write_number(loss, dtype, 0, ordered_sum(losses));
+  if (reduction == Reduction::kMean) {
+    const bool empty = divisor == 0.0 && !denominator;
+    write_number(loss, dtype, 0, empty ? std::numeric_limits<double>::quiet_NaN() : ordered_sum(losses) / divisor);
+  }
+  return divisor;
+}
+
+void cross_entropy_backward(const CrossEntropyCall& c, double scale, const double* saved, const Upstream& upstream,
+                            const Tensor& grad) {
+  const Call call(c);
+  const SavedRow* rows_saved = reinterpret_cast<const SavedRow*>(saved);
+  Sweep sweep = call.sweep(grad);
+  sweep.coefficients = [&](int64_t row, GradientRow& out, double* g) {
+    const double u = scale * number(upstream.data, upstream.dtype, row * upstream.step);
+    call.row_gradient(row, rows_saved[row], u, out, g);
+  };
+  sweep.run();
+}
+
+void soft_target_gradient(const CrossEntropyCall& c, double scale, const double* saved, const Upstream& upstream,
+                          const Tensor& out) {
+  Pass pass;
+  pass.classes = c.logits.shape[c.logits.axis];
+  pass.transform = c.transform;
+  pass.weight = c.weight;
+  const SavedRow* rows_saved = reinterpret_cast<const SavedRow*>(saved);
+  write_soft_gradient(pass, c.logits, out, [&](int64_t row, RowStats& stats) {
+    stats.max = rows_saved[row].max;
+    stats.rest = rows_saved[row].rest;
+    return scale * (1.0 - c.label_smoothing) * number(upstream.data, upstream.dtype, row * upstream.step);
+  });
+}
+
+}  // namespace fastloss

@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine.hpp"
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.hpp"
+#include "parallel.hpp"
+
+namespace fastloss {
+namespace {
+
+constexpr int64_t kSerialElements = 32 * 1024;  // below, waking a thread costs more than it brings
+constexpr int64_t kTaskElements = 64 * 1024;    // what one task should hold at least
+constexpr int kTasksPerThread = 4;              // fewer tiles than that a thread: split within the rows
+
+// The axes of the rows of several tensors at once, those that lie behind each other in all of them merged into one.
+class RowLayout {
+ public:
+  explicit RowLayout(std::vector<const Tensor*> tensors) : tensors_(std::move(tensors)) {
+    const Tensor& first = *tensors_.front();
+    for (size_t d = 0; d < first.shape.size(); ++d) {
+      if (static_cast<int>(d) == first.axis || first.shape[d] == 1) continue;
+      std::vector<int64_t> strides;
+      for (const Tensor* tensor : tensors_) strides.push_back(tensor->strides[d]);
+      if (!extents_.empty() && merges(strides, first.shape[d])) {
+        extents_.back() *= first.shape[d];
+        strides_.back() = strides;
+      } else {
+        extents_.push_back(first.shape[d]);
+        strides_.push_back(strides);
+      }
+    }
+    if (extents_.empty()) {
+      extents_.push_back(1);
+      strides_.emplace_back(tensors_.size(), 0);
+    }
+  }
+
+  int64_t inner() const { return extents_.back(); }
+
+  Tile tile(size_t tensor, int64_t row) const {
+    static const int64_t sizes[] = {4, 8, 2, 2};
+    const Tensor& t = *tensors_[tensor];
+    int64_t offset = 0;
+    for (size_t d = extents_.size(); d-- > 0;) {
+      offset += row % extents_[d] * strides_[d][tensor];
+      row /= extents_[d];
+    }
+    return {t.data + offset * sizes[t.dtype], t.dtype, strides_.back()[tensor], t.strides[t.axis]};
+  }
+
+ private:
+  bool merges(const std::vector<int64_t>& strides, int64_t extent) const {
+    for (size_t i = 0; i < strides.size(); ++i) {
+      if (strides_.back()[i] != strides[i] * extent) return false;
+    }
+    return true;
+  }
+
+  std::vector<const Tensor*> tensors_;
+  std::vector<int64_t> extents_;
+  std::vector<std::vector<int64_t>> strides_;  // [axis][tensor]
+};
+
+const RowKernels& kernels_for(Dtype dtype) { return dtype == kF64 ? kernels().f64 : kernels().f32; }
+
+// Each thread keeps its buffers from call to call; pages that no call has touched cost nothing.
+Scratch& scratch() {
+  constexpr size_t kBytes = kTileElements * sizeof(double);
+  struct Buffers {
+    std::unique_ptr<char[]> memory{new char[4 * kBytes + 64]};
+    Scratch scratch;
+    Buffers() {
+      char* base = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+      scratch = {base, base + kBytes, base + 2 * kBytes, base + 3 * kBytes};
+    }
+  };
+  thread_local Buffers buffers;
+  return buffers.scratch;
+}
+
+// Where the tiles of a call begin, and how many rows each holds.
+class Tiling {
+ public:
+  Tiling(const RowLayout& layout, int64_t rows, int64_t classes, bool classes_adjacent) : inner_(layout.inner()) {
+    const int64_t staged = (std::min<int64_t>(classes, kBlock) + kLanes - 1) / kLanes * kLanes;
+    const int64_t most = std::clamp<int64_t>(kTileElements / staged, 1, kTileRows);
+    rows_ = classes_adjacent ? 1 : std::min(inner_, most);
+    per_inner_ = (inner_ + rows_ - 1) / rows_;
+    count_ = rows / inner_ * per_inner_;
+  }
+  int64_t count() const { return count_; }
+  int64_t rows_per_tile() const { return rows_; }
+  int64_t first_row(int64_t tile) const { return tile / per_inner_ * inner_ + tile % per_inner_ * rows_; }
+  int rows(int64_t tile) const { return static_cast<int>(std::min(rows_, inner_ - tile % per_inner_ * rows_)); }
+
+ private:
+  int64_t inner_, rows_, per_inner_, count_;
+};
+
+struct TileWork {
+  int64_t first_row = 0;
+  int rows = 0;
+  bool skip = false;  // all rows are ignored
+  Tile logits, soft, grad;
+  std::vector<int64_t> ids, ranks;
+  std::vector<double> target_z, g, corrected;
+  std::vector<Partial> partials;
+  std::vector<RowStats> stats;
+  std::vector<GradientRow> coefficients;
+};
+
+class Run {
+ public:
+  Run(const Sweep& sweep, int64_t rows)
+      : s_(sweep),
+        kernels_(kernels_for(sweep.logits.dtype)),
+        layout_(tensors(sweep)),
+        tiling_(layout_, rows, sweep.pass.classes, adjacent(sweep.logits) && adjacent(sweep.grad)),
+        blocks_((sweep.pass.classes + kBlock - 1) / kBlock),
+        threads_(rows * sweep.pass.classes < kSerialElements ? 1 : get_num_threads()) {}
+
+  void run() {
+    if (threads_ > 1 && blocks_ > 1 && tiling_.count() < threads_ * kTasksPerThread) {
+      run_split();
+      return;
+    }
+    const int64_t grain = std::max<int64_t>(1, kTaskElements / (tiling_.rows_per_tile() * s_.pass.classes));
+    parallel_for((tiling_.count() + grain - 1) / grain, threads_, [&](int64_t task) {
+      thread_local TileWork work;
+      for (int64_t tile = task * grain; tile < std::min(tiling_.count(), (task + 1) * grain); ++tile) {
+        begin(tile, work);
+        scan(work, 0, blocks_);
+        finish(work);
+        gradient(work, 0, blocks_);
+      }
+    });
+  }
+
+ private:
+  static bool adjacent(const Tensor& t) { return !t || t.strides[t.axis] == 1 || t.shape[t.axis] == 1; }
+
+  static std::vector<const Tensor*> tensors(const Sweep& s) {
+    std::vector<const Tensor*> list{&s.logits};
+    if (s.soft) list.push_back(&s.soft);
+    if (s.grad) list.push_back(&s.grad);
+    return list;
+  }
+
+  // Few rows: each phase shares the blocks of all tiles among the threads.
+  void run_split() {
+    const int64_t parts = std::min<int64_t>(blocks_, threads_ * kTasksPerThread);
+    std::vector<TileWork> works(tiling_.count());
+    const auto over_parts = [&](auto phase) {
+      parallel_for(tiling_.count() * parts, threads_, [&](int64_t task) {
+        const int64_t part = task % parts;
+        phase(works[task / parts], blocks_ * part / parts, blocks_ * (part + 1) / parts);
+      });
+    };
+    for (int64_t tile = 0; tile < tiling_.count(); ++tile) begin(tile, works[tile]);
+    over_parts([&](TileWork& work, int64_t first, int64_t last) { scan(work, first, last); });
+    for (TileWork& work : works) finish(work);
+    over_parts([&](TileWork& work, int64_t first, int64_t last) { gradient(work, first, last); });
+  }
+
+  void begin(int64_t tile, TileWork& w) const {
+    w.first_row = tiling_.first_row(tile);
+    w.rows = tiling_.rows(tile);
+    size_t tensor = 0;
+    w.logits = layout_.tile(tensor, w.first_row);
+    if (s_.soft) w.soft = layout_.tile(++tensor, w.first_row);
+    else w.soft = Tile{};
+    if (s_.grad) w.grad = layout_.tile(++tensor, w.first_row);
+    const size_t k = s_.targets ? s_.targets.k : 0;
+    const size_t ids = w.rows * k;
+    w.ids.resize(ids);
+    w.target_z.resize(ids);
+    w.g.resize(ids);
+    w.corrected.resize(ids);
+    w.skip = s_.ignored != nullptr;
+    for (int r = 0; r < w.rows; ++r) {
+      const int64_t row = w.first_row + r;
+      const bool ignored = s_.ignored && s_.ignored(row);
+      if (!ignored) w.skip = false;
+      for (size_t i = 0; i < k; ++i) w.ids[r * k + i] = ignored ? 0 : s_.targets[row * k + i];
+    }
+    if (s_.on_row && !w.skip) kernels_.gather(s_.pass, w.logits, w.rows, target_ids(w), w.target_z.data());
+    if (s_.on_row) w.partials.resize(w.rows * blocks_);
+    if (s_.want_rank) w.ranks.resize(ids * blocks_);
+    w.stats.resize(w.rows);
+    w.coefficients.resize(w.rows);
+  }
+
+  TargetIds target_ids(const TileWork& w) const { return {s_.targets ? s_.targets.k : 0, w.ids.data()}; }
+
+  void scan(TileWork& w, int64_t first, int64_t last) const {
+    if (!s_.on_row || w.skip) return;
+    kernels_.scan(s_.pass, w.logits, w.soft, w.rows, first, last, w.partials.data(), target_ids(w), w.target_z.data(),
+                  s_.want_rank ? w.ranks.data() : nullptr, scratch());
+  }
+
+  void finish(TileWork& w) const {
+    const int k = s_.targets ? s_.targets.k : 0;
+    if (s_.on_row) {
+      if (!w.skip) kernels_.finish(s_.pass, w.logits, w.rows, w.partials.data(), w.stats.data(), scratch());
+      for (int r = 0; r < w.rows; ++r) {
+        const int64_t row = w.first_row + r;
+        int64_t* rank = s_.want_rank ? w.ranks.data() + r * blocks_ * k : nullptr;
+        for (int64_t i = k; rank && i < blocks_ * k; ++i) rank[i % k] += rank[i];
+        s_.on_row(row, s_.ignored && s_.ignored(row) ? nullptr : &w.stats[r], w.target_z.data() + r * k, rank);
+      }
+    }
+    for (int r = 0; s_.coefficients && r < w.rows; ++r) {
+      const int64_t row = w.first_row + r;
+      w.coefficients[r] = GradientRow{};
+      if (s_.ignored && s_.ignored(row)) {
+        w.coefficients[r].zero = true;
+      } else {
+        s_.coefficients(row, w.coefficients[r], w.g.data() + r * k);
+      }
+    }
+  }
+
+  void gradient(TileWork& w, int64_t first, int64_t last) const {
+    if (!s_.coefficients) return;
+    kernels_.gradient(s_.pass, w.logits, w.soft, w.rows, first, last, w.coefficients.data(), target_ids(w), w.g.data(),
+                      w.corrected.data(), w.grad, scratch());
+  }
+
+  const Sweep& s_;
+  const RowKernels& kernels_;
+  const RowLayout layout_;
+  const Tiling tiling_;
+  const int64_t blocks_;
+  const int threads_;
+};
+
+}  // namespace
+
+int64_t row_count(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (size_t d = 0; d < tensor.shape.size(); ++d) {
+    if (static_cast<int>(d) != tensor.axis) rows *= tensor.shape[d];
+  }
+  return rows;
+}
+
+void Sweep::run() const {
+  const int64_t rows = row_count(logits);
+  if (rows > 0) Run(*this, rows).run();
+}
+
+void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& out,
+                         const std::function<double(int64_t row, RowStats& stats)>& row_scale) {
+  const int64_t rows = row_count(logits);
+  if (rows == 0) return;
+  const RowLayout layout({&logits, &out});
+  const Tiling tiling(layout, rows, pass.classes, logits.strides[logits.axis] == 1 && out.strides[out.axis] == 1);
+  const int threads = rows * pass.classes < kSerialElements ? 1 : get_num_threads();
+  parallel_for(tiling.count(), threads, [&](int64_t tile) {
+    RowStats stats[kTileRows];
+    double scale[kTileRows];
+    const int64_t first = tiling.first_row(tile);
+    for (int r = 0; r < tiling.rows(tile); ++r) scale[r] = row_scale(first + r, stats[r]);
+    kernels_for(logits.dtype)
+        .soft_gradient(pass, layout.tile(0, first), tiling.rows(tile), 0, (pass.classes + kBlock - 1) / kBlock, stats, scale,
+                       layout.tile(1, first), scratch());
+  });
+}
+
+void check_targets(const Targets& targets, int64_t rows, int64_t classes, const int64_t* ignore_index) {
+  for (int64_t i = 0; i < rows * targets.k; ++i) {
+    const int64_t id = targets[i];
+    if (id >= 0 && id < classes) continue;
+    if (ignore_index && id == *ignore_index) continue;
+    throw std::out_of_range("target[" + std::to_string(i) + "] = " + std::to_string(id) + " is out of range for " +
+                            std::to_string(classes) + " classes");
+  }
+}
+
+}  // namespace fastloss

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// From one call to many tiles: lays rows out, shares them among threads, and applies the formula of the loss to each row.
+#pragma once
+
+#include <stdint.h>
+
+#include <functional>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace fastloss {
+
+// A dense strided tensor with one axis of classes. Strides are in elements.
+struct Tensor {
+  char* data = nullptr;
+  Dtype dtype = kF32;
+  std::vector<int64_t> shape, strides;
+  int axis = 0;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Target ids, k of them a row, side by side in row order; 4 or 8 bytes each, signed.
+struct Targets {
+  const void* data = nullptr;
+  int itemsize = 8;
+  int k = 1;
+  explicit operator bool() const { return data != nullptr; }
+  int64_t operator[](int64_t i) const {
+    return itemsize == 8 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// One call over all rows: statistics if `on_row` is given, then the gradient if `coefficients` is. Both are called once for each row.
+struct Sweep {
+  Pass pass;
+  Tensor logits, soft, grad;
+  Targets targets;
+  bool want_rank = false;
+  std::function<bool(int64_t row)> ignored;
+  // `stats` is null for an ignored row, whose logits are not looked at.
+  std::function<void(int64_t row, const RowStats* stats, const double* target_z, const int64_t* rank)> on_row;
+  // `g` has room for one number a target.
+  std::function<void(int64_t row, GradientRow& coefficients, double* g)> coefficients;
+  void run() const;
+};
+
+int64_t row_count(const Tensor& tensor);
+
+// Writes scale_i w_j (L_i - z_ij) for all rows; `row` gives max, rest and the scale.
+void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& out,
+                         const std::function<double(int64_t row, RowStats& stats)>& row);
+
+// Throws std::out_of_range for the first target outside [0, classes) that is not `ignore_index`.
+void check_targets(const Targets& targets, int64_t rows, int64_t classes, const int64_t* ignore_index);
+
+}  // namespace fastloss

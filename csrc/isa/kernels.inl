@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions of kernels.hpp for one vector type: tiles are cut into blocks, blocks staged, rows handed to row.hpp.
+#include "../row.hpp"
+
+namespace fastloss {
+namespace {
+
+inline int64_t block_count(const Pass& pass) { return (pass.classes + kBlock - 1) / kBlock; }
+
+// The reference of a block of only -inf is 0, so that -inf - ref stays -inf.
+template <class A>
+inline A finite_reference(A max) {
+  return max == -static_cast<A>(__builtin_huge_val()) ? A(0) : max;
+}
+
+template <class A>
+struct ScalarOf {
+  using V = ScalarF32;
+};
+template <>
+struct ScalarOf<double> {
+  using V = ScalarF64;
+};
+
+template <class A>
+inline Transformed<typename ScalarOf<A>::V> logit_at(const Pass& pass, const Tile& logits, int row, int64_t column) {
+  const A x = with_storage(logits.dtype, [&](auto tag) {
+    return static_cast<A>(widen(*element<const typename decltype(tag)::Type>(logits, row, column)));
+  });
+  if (pass.transform.identity()) return {x, A(1)};
+  const A bias = pass.transform.bias ? static_cast<const A*>(pass.transform.bias)[column] : A(0);
+  return transform<typename ScalarOf<A>::V>(pass.transform, x, bias);
+}
+
+template <class V>
+void gather(const Pass& pass, const Tile& logits, int rows, const TargetIds& ids, double* z) {
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < ids.k; ++i) {
+      z[r * ids.k + i] = logit_at<typename V::T>(pass, logits, r, ids.id[r * ids.k + i]).z;
+    }
+  }
+}
+
+template <class V>
+void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, Partial* partials,
+          const TargetIds& ids, const double* target_z, int64_t* ranks, Scratch& scratch) {
+  using A = typename V::T;
+  const int64_t blocks = block_count(pass);
+  const auto sums = pass.want & kWantSumSq     ? &exp_sums<V, true, true>
+                    : pass.want & kWantEntropy ? &exp_sums<V, true, false>
+                                               : &exp_sums<V, false, false>;
+  const int element_bytes = with_storage(logits.dtype, [](auto tag) { return int(sizeof(typename decltype(tag)::Type)); });
+  const int ahead_bytes = logits.class_step == 1 && rows == 1 ? kLanes * element_bytes : 0;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kBlock;
+    const int n = block_length(pass.classes, block);
+    const int whole = padded(n);
+    const Staged<A> staged = stage_logits<V>(pass, logits, rows, block, scratch);
+    const A* weight = pass.want & kWantWeighted ? stage_weight<A>(pass, block, scratch) : nullptr;
+    A* q = soft.data ? static_cast<A*>(scratch.soft) : nullptr;
+    if (q) load_tile<V>(soft, first, n, rows, A(0), q, whole);
+    for (int r = 0; r < rows; ++r) {
+      const A* z = staged.z + r * staged.stride;
+      Partial& out = partials[r * blocks + block];
+      out = {};
+      const A max = row_max<V>(z, whole);
+      const A ref = finite_reference(max);
+      out.max = max;
+      const char* ahead = ahead_bytes ? element<char>(logits, 0, 0) : nullptr;
+      if (ahead) ahead = logits.data + (first + kBlock) * element_bytes;
+      sums(z, whole, ref, ahead, ahead_bytes, out);
+      if (weight) weighted_sums<V, false>(z, weight, nullptr, whole, ref, out.weighted, out.weight);
+      if (q) {
+        const A* w = weight ? weight : stage_weight<A>(pass, block, scratch);
+        weighted_sums<V, true>(z, w, q + r * whole, whole, ref, out.soft, out.soft_weight);
+      }
+      if (ranks) {
+        for (int i = 0; i < ids.k; ++i) {
+          ranks[(r * blocks + block) * ids.k + i] =
+              count_before<V>(z, first, n, ids.id[r * ids.k + i], static_cast<A>(target_z[r * ids.k + i]));
+        }
+      }
+    }
+  }
+}
+
+template <class A>
+inline int index_of(const A* z, int n, A value) {
+  for (int j = 0; j < n; ++j) {
+    if (z[j] == value) return j;
+  }
+  return -1;
+}
+
+template <class V>
+void finish(const Pass& pass, const Tile& logits, int rows, const Partial* partials, RowStats* stats, Scratch& scratch) {
+  using A = typename V::T;
+  const int64_t blocks = block_count(pass);
+  for (int r = 0; r < rows; ++r) {
+    const Partial* parts = partials + r * blocks;
+    int64_t top = 0;
+    for (int64_t b = 1; b < blocks; ++b) {
+      if (parts[b].max > parts[top].max) top = b;
+    }
+    RowStats s = {};
+    s.max = parts[top].max;
+    s.argmax = -1;
+    double others = 0, top_sum = 0, sum_x = 0, sum_sq = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Partial& part = parts[b];
+      const double shift = finite_reference(part.max) - s.max;
+      const double scale = part.max == s.max ? 1.0 : part.sum == 0.0 ? 0.0 : exp_nonpositive(part.max - s.max);
+      if (b == top) {
+        top_sum = part.sum;
+      } else {
+        others += part.sum * scale;
+      }
+      sum_x += (part.sum_x + (scale == 0.0 ? 0.0 : shift * part.sum)) * scale;
+      sum_sq += part.sum_sq * scale * scale;
+      if (part.weight != 0.0) s.weighted += part.weighted + shift * part.weight;
+      if (part.soft_weight != 0.0) s.soft += part.soft + shift * part.soft_weight;
+      s.weight += part.weight;
+      s.soft_weight += part.soft_weight;
+    }
+    const double sum = top_sum + others;
+    const bool valid = sum >= 1.0;  // neither NaN nor a row of only -inf
+    s.rest = valid ? sum - 1.0 : __builtin_nan("");
+    // A class that holds more than half of the probability: its 1 would round away what the rest adds up to.
+    const bool confident = valid && sum < 2.0;
+    if (confident || (valid && (pass.want & kWantArgmax))) {
+      const int n = block_length(pass.classes, top);
+      Tile row = logits;
+      with_storage(logits.dtype,
+                   [&](auto tag) { row.data = reinterpret_cast<char*>(element<typename decltype(tag)::Type>(logits, r, 0)); });
+      A* z = const_cast<A*>(stage_logits<V>(pass, row, 1, top, scratch, false, /*may_alias=*/false).z);
+      const int at = index_of<A>(z, n, static_cast<A>(s.max));
+      s.argmax = top * kBlock + at;
+      if (confident) {
+        z[at] = -static_cast<A>(__builtin_huge_val());
+        Partial without = {};
+        exp_sums<V, false, false>(z, padded(n), static_cast<A>(s.max), nullptr, 0, without);
+        s.rest = without.sum + others;
+      }
+    }
+    const double inv_sum = 1.0 / (1.0 + s.rest);
+    s.mean_x = sum_x * inv_sum;
+    s.sum_sq = sum_sq * inv_sum * inv_sum;
+    stats[r] = s;
+  }
+}
+
+// Ids that occur again in a row add up at their first place.
+inline bool occurs_before(const int64_t* id, int i) {
+  for (int j = 0; j < i; ++j) {
+    if (id[j] == id[i]) return true;
+  }
+  return false;
+}
+
+// The value at a target, in double and rounded once: p - 1 of a confident row would cancel, so 1 - p is made from `rest`.
+template <class A>
+inline double gradient_at_target(const Pass& pass, const Tile& logits, int r, const GradientRow& c, const int64_t* id,
+                                 const double* g, int k, int i) {
+  const int64_t column = id[i];
+  const auto logit = logit_at<A>(pass, logits, r, column);
+  const double clamped = clamp_exponent<ScalarF64>(static_cast<double>(logit.z) - finite_reference(c.max));
+  const double e = exp_clamped<ScalarF64>(clamped);
+  const double p = e / (1.0 + c.rest);
+  const double one_minus_p = (c.rest + (1.0 - e)) / (1.0 + c.rest);
+  const double w = pass.weight ? static_cast<const A*>(pass.weight)[column] : 1.0;
+  double one_hot = 0.0;
+  for (int j = i; j < k; ++j) {
+    if (id[j] == column) one_hot += g[j];
+  }
+  const double z_gradient = (c.a - one_hot) - c.a * one_minus_p + p * (c.b * clamped + c.c * p) + w * c.d;
+  return z_gradient * static_cast<double>(logit.derivative);
+}
+
+template <class V>
+void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end,
+              const GradientRow* coefficients, const TargetIds& ids, const double* g, double* corrected, const Tile& grad,
+              Scratch& scratch) {
+  using A = typename V::T;
+  const int64_t first_column = begin * kBlock;
+  const int64_t last_column = end * kBlock;
+  // The targets first: `grad` may be the logits.
+  const auto for_targets = [&](auto visit) {
+    for (int r = 0; r < rows; ++r) {
+      const int64_t* id = ids.id + r * ids.k;
+      for (int i = 0; i < ids.k && !coefficients[r].zero; ++i) {
+        if (id[i] >= first_column && id[i] < last_column && !occurs_before(id, i)) visit(r, i, id);
+      }
+    }
+  };
+  for_targets([&](int r, int i, const int64_t* id) {
+    corrected[r * ids.k + i] = gradient_at_target<A>(pass, logits, r, coefficients[r], id, g + r * ids.k, ids.k, i);
+  });
+  const bool softcapped = pass.transform.softcap != 0.0;
+  const bool direct = rows == 1 && grad.class_step == 1;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kBlock;
+    const int n = block_length(pass.classes, block);
+    const int whole = padded(n);
+    if (direct && coefficients[0].zero) {
+      with_storage(grad.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::Type;
+        __builtin_memset(static_cast<void*>(element<T>(grad, 0, first)), 0, n * sizeof(T));
+      });
+      continue;
+    }
+    const Staged<A> staged = stage_logits<V>(pass, logits, rows, block, scratch, /*want_derivative=*/true, /*may_alias=*/direct);
+    const A* weight = pass.weight ? stage_weight<A>(pass, block, scratch) : nullptr;
+    A* q = soft.data ? static_cast<A*>(scratch.soft) : nullptr;
+    if (q) load_tile<V>(soft, first, n, rows, A(0), q, whole);
+    for (int r = 0; r < rows; ++r) {
+      const GradientRow& c = coefficients[r];
+      const double slope = softcapped ? 1.0 : pass.transform.inv_temperature;
+      GradientTerms<A> terms;
+      terms.ref = finite_reference(static_cast<A>(c.max));
+      terms.inv_sum = static_cast<A>(1.0 / (1.0 + c.rest));
+      terms.a = static_cast<A>(c.a * slope);
+      terms.b = static_cast<A>(c.b * slope);
+      terms.c = static_cast<A>(c.c * slope);
+      terms.d = static_cast<A>(c.d * slope);
+      terms.e = static_cast<A>(c.e * slope);
+      terms.weight = c.d != 0.0 || q ? weight : nullptr;
+      terms.soft = q ? q + r * whole : nullptr;
+      terms.derivative = softcapped ? static_cast<const A*>(scratch.derivative) + r * staged.stride : nullptr;
+      const A* z = staged.z + r * staged.stride;
+      const auto write = [&](auto* out) {
+        if (c.zero) {
+          __builtin_memset(out, 0, n * sizeof *out);
+        } else if (terms.plain()) {
+          gradient_row<V, true>(terms, z, n, out);
+        } else {
+          gradient_row<V, false>(terms, z, n, out);
+        }
+      };
+      if (direct) {
+        with_storage(grad.dtype, [&](auto tag) {
+          using T = typename decltype(tag)::Type;
+          if constexpr (kNative<V, T>) write(element<T>(grad, 0, first));
+        });
+      } else {
+        write(const_cast<A*>(z));
+      }
+    }
+    if (!direct) store_tile<V>(staged.z, staged.stride, first, n, rows, grad);
+  }
+  for_targets([&](int r, int i, const int64_t* id) {
+    with_storage(grad.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::Type;
+      *element<T>(grad, r, id[i]) = narrow<T>(corrected[r * ids.k + i]);
+    });
+  });
+}
+
+template <class V>
+void soft_gradient(const Pass& pass, const Tile& logits, int rows, int64_t begin, int64_t end, const RowStats* stats,
+                   const double* scale, const Tile& out, Scratch& scratch) {
+  using A = typename V::T;
+  for (int64_t block = begin; block < end; ++block) {
+    const int n = block_length(pass.classes, block);
+    const Staged<A> staged = stage_logits<V>(pass, logits, rows, block, scratch, false, /*may_alias=*/false);
+    const A* weight = stage_weight<A>(pass, block, scratch);
+    for (int r = 0; r < rows; ++r) {
+      A* z = const_cast<A*>(staged.z) + r * staged.stride;
+      const auto max = V::set(static_cast<A>(stats[r].max));
+      const auto log_sum = V::set(static_cast<A>(log1p_nonnegative(stats[r].rest)));
+      const auto factor = V::set(static_cast<A>(scale[r]));
+      for (int i = 0; i < padded(n); i += V::kWidth) {
+        const auto gap = V::sub(log_sum, V::sub(V::load(z + i), max));
+        V::store(z + i, V::mul(V::mul(factor, V::load(weight + i)), gap));
+      }
+    }
+    store_tile<V>(staged.z, staged.stride, block * kBlock, n, rows, out);
+  }
+}
+
+template <class V>
+constexpr RowKernels row_kernels() {
+  return {&gather<V>, &scan<V>, &finish<V>, &gradient<V>, &soft_gradient<V>};
+}
+
+template <class Isa>
+constexpr Kernels make_kernels() {
+  return {Isa::kName, row_kernels<typename Isa::F32>(), row_kernels<typename Isa::F64>()};
+}
+
+}  // namespace
+}  // namespace fastloss

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the program may ask of one instruction set: a table of functions for each accumulation type.
+//
+// Every function works on a tile: a few rows of a matrix of N rows (tokens) and V columns (classes). A tile is one row where the
+// classes lie side by side in memory, and up to kTileRows neighbouring rows where they do not. Columns are taken in blocks of
+// kBlock; results never depend on how blocks and tiles are shared out among threads.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace fastloss {
+
+enum Dtype : int { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
+
+constexpr int kBlock = 4096;              // columns in a block: 16 KiB of float32, so that a block stays in L1
+constexpr int kLanes = 64;                // virtual lanes of every sum and maximum, on every instruction set
+constexpr int kTileRows = 64;             // rows in a tile, at most
+constexpr int kTileElements = 16 * kBlock;  // elements of a staged tile, at most
+
+// z = softcap * tanh(x / temperature / softcap) + bias_j
+struct Transform {
+  double inv_temperature = 1.0;
+  double softcap = 0.0;        // 0: none
+  const void* bias = nullptr;  // V values of the accumulation type, or null
+  bool identity() const { return inv_temperature == 1.0 && softcap == 0.0 && bias == nullptr; }
+};
+
+// Rows of one strided matrix. Steps are in elements.
+struct Tile {
+  char* data = nullptr;
+  Dtype dtype = kF32;
+  int64_t row_step = 0;
+  int64_t class_step = 1;
+};
+
+enum Want : int { kWantEntropy = 1, kWantSumSq = 2, kWantWeighted = 4, kWantArgmax = 8 };
+
+// What stays the same over all tiles of a call.
+struct Pass {
+  int64_t classes = 0;
+  Transform transform;
+  const void* weight = nullptr;  // w: V values of the accumulation type; null stands for ones
+  int want = 0;                  // bits of Want
+};
+
+// Sums over one block, relative to ref = its maximum (0 where that is -inf).
+struct Partial {
+  double max;          // max z
+  double sum;          // sum exp(z - ref)
+  double sum_x;        // sum exp(z - ref) * (z - ref)
+  double sum_sq;       // sum exp(z - ref)^2
+  double weighted;     // sum w (z - ref)
+  double weight;       // sum w
+  double soft;         // sum w q (z - ref)
+  double soft_weight;  // sum w q
+};
+
+// Statistics of one row. The normaliser is kept as (max, rest): sum_j exp(z_j - max) = 1 + rest, log-sum-exp = max + log1p(rest).
+// Where one class holds most of the probability, rest is summed without it, so that nothing of 1 - p is lost.
+struct RowStats {
+  double max;
+  double rest;
+  double mean_x;       // sum p (z - max)
+  double sum_sq;       // sum p^2
+  double weighted;     // sum w (z - max)
+  double weight;       // sum w
+  double soft;         // sum w q (z - max)
+  double soft_weight;  // sum w q
+  int64_t argmax;      // first class of the maximal logit; -1 unless kWantArgmax, and where rest is NaN
+};
+
+// grad_z_j = p_j (a + b x_j + c p_j) + w_j (d + e q_j) - sum_k g_k [j = id_k],  x_j = z_j - max
+struct GradientRow {
+  double max = 0, rest = 0;
+  double a = 0, b = 0, c = 0, d = 0, e = 0;
+  bool zero = false;  // an ignored row: zeros, whatever its logits hold
+};
+
+// Target ids of the rows of a tile: id[row * k + i].
+struct TargetIds {
+  int k = 0;
+  const int64_t* id = nullptr;
+};
+
+// Buffers of one thread, each of kTileElements elements of the accumulation type.
+struct Scratch {
+  void* logits;
+  void* derivative;
+  void* soft;
+  void* weight;
+};
+
+struct RowKernels {
+  // z of the target ids, in double: z[row * k + i].
+  void (*gather)(const Pass&, const Tile& logits, int rows, const TargetIds&, double* z);
+
+  // Partials of the blocks [begin, end): partials[row * blocks_of_a_row + block]. With `ranks`, also how many classes of each block
+  // come before each target in a stable descending sort: ranks[(row * blocks_of_a_row + block) * k + i].
+  void (*scan)(const Pass&, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, Partial* partials,
+               const TargetIds&, const double* target_z, int64_t* ranks, Scratch&);
+
+  // Merges the partials of whole rows.
+  void (*finish)(const Pass&, const Tile& logits, int rows, const Partial* partials, RowStats* stats, Scratch&);
+
+  // The gradient of the blocks [begin, end), into `grad` (which may be the logits). g[row * k + i] goes with the ids;
+  // `corrected` is room for rows * k doubles.
+  void (*gradient)(const Pass&, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end,
+                   const GradientRow* coefficients, const TargetIds&, const double* g, double* corrected, const Tile& grad,
+                   Scratch&);
+
+  // out_ij = scale_i w_j (L_i - z_ij): the gradient of a loss by its soft targets.
+  void (*soft_gradient)(const Pass&, const Tile& logits, int rows, int64_t begin, int64_t end, const RowStats* stats,
+                        const double* scale, const Tile& out, Scratch&);
+};
+
+struct Kernels {
+  const char* name;
+  RowKernels f32;  // logits of float32, float16, bfloat16: accumulated in float32
+  RowKernels f64;  // logits of float64
+};
+
+extern const Kernels kernels_scalar;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_neon;
+
+}  // namespace fastloss

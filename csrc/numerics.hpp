@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+// The mathematics, once: exp, log1p, tanh, and the formulas of cross-entropy over the statistics of a row.
+//
+// Everything here is written in terms of a vector type V (see simd/scalar.hpp for the list of operations), fuses multiply and add
+// exactly where fma stands, and gives the same bits for every V. The anonymous namespace keeps each compiled copy to its own
+// object file: a copy compiled for AVX-512 must never be the one that the linker keeps for everybody.
+#pragma once
+
+#include "kernels.hpp"
+#include "simd/scalar.hpp"
+
+namespace fastloss {
+namespace {
+
+template <class Number>
+struct ExpConstants;
+
+// 2^f = 1 + f (c[0] + c[1] f + ...) on [-1/2, 1/2]: minimax in the relative error, found by the Remez exchange.
+template <>
+struct ExpConstants<float> {
+  static constexpr int kTerms = 6;  // relative error 2^-28.5
+  static constexpr float kCoefficients[kTerms] = {0x1.62e432p-1f, 0x1.ebfbe2p-3f,  0x1.c6ae72p-5f,
+                                                  0x1.3b270ep-7f, 0x1.5f7276p-10f, 0x1.470b4ap-13f};
+  static constexpr float kLog2E = 0x1.715476p+0f;
+  static constexpr float kMagic = 0x1.8p+23f + 127.0f;       // x + kMagic holds round(x) + exponent bias in its low bits
+  static constexpr float kLowest = -127.0f * 0x1.62e43p-1f;  // from here down the result is 0
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr int kTerms = 11;  // relative error 2^-55.6
+  static constexpr double kCoefficients[kTerms] = {
+      0x1.62e42fefa39f3p-1,  0x1.ebfbdff82c598p-3,  0x1.c6b08d7048f31p-5,  0x1.3b2ab6fba1e1cp-7,
+      0x1.5d87fe7bbbe54p-10, 0x1.43091309611b8p-13, 0x1.ffcbee3af48b0p-17, 0x1.62bfd49ebfb96p-20,
+      0x1.b54167ce0934bp-24, 0x1.e605f99bf7beap-28, 0x1.c06342a55c055p-32};
+  static constexpr double kLog2E = 0x1.71547652b82fep+0;
+  static constexpr double kMagic = 0x1.8p+52 + 1023.0;
+  static constexpr double kLowest = -1023.0 * 0x1.62e42fefa39efp-1;
+};
+
+// The floor that keeps -inf out of products with probabilities that are 0 anyway; NaN passes through.
+template <class V>
+inline typename V::Reg clamp_exponent(typename V::Reg x) {
+  return V::max(V::set(ExpConstants<typename V::T>::kLowest), x);
+}
+
+// exp(x) for kLowest <= x <= 0 (and NaN): exp(0) is exactly 1; results below the smallest normal number are 0.
+template <class V>
+inline typename V::Reg exp_clamped(typename V::Reg x) {
+  using C = ExpConstants<typename V::T>;
+  const auto shifted = V::fma(x, V::set(C::kLog2E), V::set(C::kMagic));
+  const auto minus_n = V::sub(V::set(C::kMagic), shifted);
+  const auto f = V::fma(x, V::set(C::kLog2E), minus_n);
+  auto p = V::set(C::kCoefficients[C::kTerms - 1]);
+#pragma GCC unroll 16
+  for (int i = C::kTerms - 2; i >= 0; --i) p = V::fma(p, f, V::set(C::kCoefficients[i]));
+  p = V::fma(p, f, V::set(1));
+  // A multiplication, not an addition to the exponent: it keeps NaN, and 2^-127 becomes 0 here.
+  return V::mul(p, V::low_bits_to_exponent(shifted));
+}
+
+inline double exp_nonpositive(double x) { return exp_clamped<ScalarF64>(clamp_exponent<ScalarF64>(x)); }
+
+// log(1 + r) for r >= 0 (and NaN), within 2 units in the last place: 1 + r = 2^k (1 + f), log(1 + f) = 2 artanh(f / (2 + f)).
+inline double log1p_nonnegative(double r) {
+  if (!(r < __builtin_huge_val())) return r;
+  const double u = 1.0 + r;
+  int64_t bits;
+  __builtin_memcpy(&bits, &u, sizeof bits);
+  const int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+  const int64_t k = (bits - kSqrtHalf) >> 52;
+  double mantissa, f;
+  if (k == 0) {
+    f = r;
+  } else {
+    bits -= k << 52;
+    __builtin_memcpy(&mantissa, &bits, sizeof mantissa);
+    // What 1 + r lost to rounding, at the scale of the mantissa.
+    const double lost = r < 1.0 ? r - (u - 1.0) : 1.0 - (u - r);
+    const int64_t scale_bits = (1023 - k) << 52;
+    double scale;
+    __builtin_memcpy(&scale, &scale_bits, sizeof scale);
+    f = (mantissa - 1.0) + lost * scale;
+  }
+  const double s = f / (2.0 + f);
+  const double s2 = s * s;
+  double series = 0.0;
+  for (int i = 23; i >= 3; i -= 2) series = fma_f64(series, s2, 1.0 / i);
+  const double kLn2Hi = 0x1.62e42fee00000p-1, kLn2Lo = 0x1.a39ef35793c76p-33;
+  // log(1 + f) = f - s (f - 2 s^2 series): the leading f stays exact.
+  const double tail = s * (f - 2.0 * s2 * series);
+  return k * kLn2Hi + (f - (tail - k * kLn2Lo));
+}
+
+// tanh(y) and 1 - tanh(y)^2, without cancellation at either end.
+template <class V>
+struct TanhPair {
+  typename V::Reg value, derivative;
+};
+
+template <class V>
+inline TanhPair<V> tanh_with_derivative(typename V::Reg y) {
+  using T = typename V::T;
+  const auto one = V::set(1), two = V::set(2);
+  const auto e = exp_clamped<V>(clamp_exponent<V>(V::mul(V::abs(y), V::set(-2))));
+  const auto denominator = V::add(one, e);
+  const auto large = V::div(V::sub(one, e), denominator);
+  // Small arguments: (1 - e) / (1 + e) would cancel; sinh and cosh by their series do not.
+  const auto y2 = V::mul(y, y);
+  constexpr int kTerms = sizeof(T) == 4 ? 5 : 8;
+  auto sinh = V::set(0), cosh = V::set(0);
+  double factorial[2 * kTerms + 1] = {1};
+  for (int i = 1; i <= 2 * kTerms; ++i) factorial[i] = factorial[i - 1] * i;
+#pragma GCC unroll 16
+  for (int i = kTerms - 1; i >= 0; --i) {
+    sinh = V::fma(sinh, y2, V::set(static_cast<T>(1 / factorial[2 * i + 1])));
+    cosh = V::fma(cosh, y2, V::set(static_cast<T>(1 / factorial[2 * i])));
+  }
+  const auto small = V::div(V::mul(V::abs(y), sinh), cosh);
+  const auto magnitude = V::select_greater(V::set(static_cast<T>(0.5)), V::abs(y), small, large);
+  const auto derivative = V::div(V::mul(V::mul(two, two), e), V::mul(denominator, denominator));
+  return {V::copy_sign(magnitude, y), derivative};
+}
+
+// ---- cross-entropy over the statistics of a row -----------------------------------------------------------------------------
+
+struct CrossEntropyOptions {
+  double label_smoothing = 0.0;
+  double z_loss = 0.0;
+};
+
+// What the backward needs of a row besides the logits; `mass` is the factor of log-sum-exp in the loss.
+struct SavedRow {
+  double max, rest, mass;
+};
+
+// Row loss, class id y of weight w_y:  w_y ((1 - eps) (L - z_y) + z_loss L^2) + eps / V sum_j w_j (L - z_j)
+// Row loss, soft targets q:            sum_j w_j ((1 - eps) q_j + eps / V) (L - z_j) + z_loss L^2
+// Both are written with l = L - max = log1p(rest) and z - max, so that a common offset of the logits cancels before it can round.
+inline double cross_entropy_of_id(const CrossEntropyOptions& o, int64_t classes, const RowStats& s, double target_z,
+                                  double target_weight, SavedRow* saved) {
+  const double l = log1p_nonnegative(s.rest);
+  const double L = s.max + l;
+  double loss = target_weight * (1.0 - o.label_smoothing) * (l - (target_z - s.max));
+  double mass = target_weight * (1.0 - o.label_smoothing);
+  if (o.label_smoothing != 0.0) {
+    const double share = o.label_smoothing / static_cast<double>(classes);
+    loss += share * (s.weight * l - s.weighted);
+    mass += share * s.weight;
+  }
+  if (o.z_loss != 0.0) loss += target_weight * o.z_loss * L * L;
+  *saved = {s.max, s.rest, mass};
+  return loss;
+}
+
+inline double cross_entropy_of_soft_target(const CrossEntropyOptions& o, int64_t classes, const RowStats& s, SavedRow* saved) {
+  const double l = log1p_nonnegative(s.rest);
+  const double L = s.max + l;
+  const double share = o.label_smoothing / static_cast<double>(classes);
+  double loss = (1.0 - o.label_smoothing) * (s.soft_weight * l - s.soft);
+  double mass = (1.0 - o.label_smoothing) * s.soft_weight;
+  if (o.label_smoothing != 0.0) {
+    loss += share * (s.weight * l - s.weighted);
+    mass += share * s.weight;
+  }
+  if (o.z_loss != 0.0) loss += o.z_loss * L * L;
+  *saved = {s.max, s.rest, mass};
+  return loss;
+}
+
+// Coefficients of the gradient of u * (row loss). `row_weight` is w_y for a class id and 1 for soft targets.
+inline GradientRow cross_entropy_gradient(const CrossEntropyOptions& o, int64_t classes, const SavedRow& s, double row_weight,
+                                          bool soft, double u) {
+  GradientRow row;
+  row.max = s.max;
+  row.rest = s.rest;
+  row.a = s.mass;
+  if (o.z_loss != 0.0) row.a += 2.0 * row_weight * o.z_loss * (s.max + log1p_nonnegative(s.rest));
+  row.a *= u;
+  row.d = -u * (o.label_smoothing / static_cast<double>(classes));
+  if (soft) row.e = -u * (1.0 - o.label_smoothing);
+  return row;
+}
+
+}  // namespace
+}  // namespace fastloss

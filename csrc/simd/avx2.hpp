@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// 256-bit vectors: AVX2, FMA, F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar.hpp"
+
+namespace fastloss {
+namespace {
+
+struct Avx2F32 {
+  using T = float;
+  using Reg = __m256;
+  static constexpr int kWidth = 8;
+  static Reg set(T x) { return _mm256_set1_ps(x); }
+  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
+  static Reg load(const BF16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static Reg load(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
+  static void store(BF16* p, Reg x) {
+    // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256 chosen =
+        _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(chosen), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static void store(F16* p, Reg x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg abs(Reg a) { return _mm256_andnot_ps(set(-0.0f), a); }
+  static Reg copy_sign(Reg a, Reg sign) { return _mm256_or_ps(abs(a), _mm256_and_ps(sign, set(-0.0f))); }
+  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) {
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+  }
+  static int count_greater(Reg a, Reg b) {
+    return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ))));
+  }
+  static Reg zero_where_zero(Reg x, Reg w) {
+    return _mm256_and_ps(x, _mm256_cmp_ps(w, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+  }
+  static Reg low_bits_to_exponent(Reg x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+  }
+};
+
+struct Avx2F64 {
+  using T = double;
+  using Reg = __m256d;
+  static constexpr int kWidth = 4;
+  static Reg set(T x) { return _mm256_set1_pd(x); }
+  static Reg load(const double* p) { return _mm256_loadu_pd(p); }
+  static void store(double* p, Reg x) { _mm256_storeu_pd(p, x); }
+  static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm256_div_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
+  static Reg abs(Reg a) { return _mm256_andnot_pd(set(-0.0), a); }
+  static Reg copy_sign(Reg a, Reg sign) { return _mm256_or_pd(abs(a), _mm256_and_pd(sign, set(-0.0))); }
+  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) {
+    return _mm256_blendv_pd(no, yes, _mm256_cmp_pd(a, b, _CMP_GT_OQ));
+  }
+  static int count_greater(Reg a, Reg b) {
+    return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ))));
+  }
+  static Reg zero_where_zero(Reg x, Reg w) {
+    return _mm256_and_pd(x, _mm256_cmp_pd(w, _mm256_setzero_pd(), _CMP_NEQ_UQ));
+  }
+  static Reg low_bits_to_exponent(Reg x) {
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x), 52));
+  }
+};
+
+struct Avx2Isa {
+  static constexpr const char* kName = "avx2";
+  using F32 = Avx2F32;
+  using F64 = Avx2F64;
+};
+
+}  // namespace
+}  // namespace fastloss

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// 512-bit vectors: AVX-512 F, BW, DQ, VL.
+#pragma once
+
+#include <immintrin.h>
+
+#include "scalar.hpp"
+
+namespace fastloss {
+namespace {
+
+struct Avx512F32 {
+  using T = float;
+  using Reg = __m512;
+  static constexpr int kWidth = 16;
+  static Reg set(T x) { return _mm512_set1_ps(x); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg load(const BF16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static Reg load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store(float* p, Reg x) { _mm512_storeu_ps(p, x); }
+  static void store(BF16* p, Reg x) {
+    // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+  }
+  static void store(F16* p, Reg x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg abs(Reg a) { return _mm512_abs_ps(a); }
+  static Reg copy_sign(Reg a, Reg sign) {
+    return _mm512_or_ps(abs(a), _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
+  }
+  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) {
+    return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
+  }
+  static int count_greater(Reg a, Reg b) { return __builtin_popcount(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)); }
+  static Reg zero_where_zero(Reg x, Reg w) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ), x);
+  }
+  static Reg low_bits_to_exponent(Reg x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+  }
+};
+
+struct Avx512F64 {
+  using T = double;
+  using Reg = __m512d;
+  static constexpr int kWidth = 8;
+  static Reg set(T x) { return _mm512_set1_pd(x); }
+  static Reg load(const double* p) { return _mm512_loadu_pd(p); }
+  static void store(double* p, Reg x) { _mm512_storeu_pd(p, x); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static Reg abs(Reg a) { return _mm512_abs_pd(a); }
+  static Reg copy_sign(Reg a, Reg sign) { return _mm512_or_pd(abs(a), _mm512_and_pd(sign, _mm512_set1_pd(-0.0))); }
+  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) {
+    return _mm512_mask_mov_pd(no, _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ), yes);
+  }
+  static int count_greater(Reg a, Reg b) { return __builtin_popcount(_mm512_cmp_pd_mask(a, b, _CMP_GT_OQ)); }
+  static Reg zero_where_zero(Reg x, Reg w) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(w, _mm512_setzero_pd(), _CMP_NEQ_UQ), x);
+  }
+  static Reg low_bits_to_exponent(Reg x) {
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52));
+  }
+};
+
+struct Avx512Isa {
+  static constexpr const char* kName = "avx512";
+  using F32 = Avx512F32;
+  using F64 = Avx512F64;
+};
+
+}  // namespace
+}  // namespace fastloss

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// 128-bit vectors: AArch64 Advanced SIMD.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "scalar.hpp"
+
+namespace fastloss {
+namespace {
+
+struct NeonF32 {
+  using T = float;
+  using Reg = float32x4_t;
+  static constexpr int kWidth = 4;
+  static Reg set(T x) { return vdupq_n_f32(x); }
+  static Reg load(const float* p) { return vld1q_f32(p); }
+  static Reg load(const BF16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
+  static Reg load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+  static void store(float* p, Reg x) { vst1q_f32(p, x); }
+  static void store(BF16* p, Reg x) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), rounded, quiet), 16));
+  }
+  static void store(F16* p, Reg x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+  static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
+  static Reg sub(Reg a, Reg b) { return vsubq_f32(a, b); }
+  static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
+  static Reg div(Reg a, Reg b) { return vdivq_f32(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
+  // Compare and select: FMAX and FMAXNM treat NaN otherwise than x86 does.
+  static Reg max(Reg a, Reg b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+  static Reg abs(Reg a) { return vabsq_f32(a); }
+  static Reg copy_sign(Reg a, Reg sign) { return vbslq_f32(vdupq_n_u32(0x80000000), sign, a); }
+  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
+  static int count_greater(Reg a, Reg b) { return static_cast<int>(vaddvq_u32(vshrq_n_u32(vcgtq_f32(a, b), 31))); }
+  static Reg zero_where_zero(Reg x, Reg w) {
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vceqzq_f32(w)));
+  }
+  static Reg low_bits_to_exponent(Reg x) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23));
+  }
+};
+
+struct NeonF64 {
+  using T = double;
+  using Reg = float64x2_t;
+  static constexpr int kWidth = 2;
+  static Reg set(T x) { return vdupq_n_f64(x); }
+  static Reg load(const double* p) { return vld1q_f64(p); }
+  static void store(double* p, Reg x) { vst1q_f64(p, x); }
+  static Reg add(Reg a, Reg b) { return vaddq_f64(a, b); }
+  static Reg sub(Reg a, Reg b) { return vsubq_f64(a, b); }
+  static Reg mul(Reg a, Reg b) { return vmulq_f64(a, b); }
+  static Reg div(Reg a, Reg b) { return vdivq_f64(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f64(c, a, b); }
+  static Reg max(Reg a, Reg b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
+  static Reg abs(Reg a) { return vabsq_f64(a); }
+  static Reg copy_sign(Reg a, Reg sign) { return vbslq_f64(vdupq_n_u64(0x8000000000000000), sign, a); }
+  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return vbslq_f64(vcgtq_f64(a, b), yes, no); }
+  static int count_greater(Reg a, Reg b) { return static_cast<int>(vaddvq_u64(vshrq_n_u64(vcgtq_f64(a, b), 63))); }
+  static Reg zero_where_zero(Reg x, Reg w) {
+    return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(x), vceqzq_f64(w)));
+  }
+  static Reg low_bits_to_exponent(Reg x) {
+    return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(x), 52));
+  }
+};
+
+struct NeonIsa {
+  static constexpr const char* kName = "neon";
+  using F32 = NeonF32;
+  using F64 = NeonF64;
+};
+
+}  // namespace
+}  // namespace fastloss

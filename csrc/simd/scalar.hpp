@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// The reference vector type, one lane wide: what every other vector type must do, bit for bit.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastloss {
+namespace {
+
+// Storage of the 16-bit types.
+struct F16 {
+  uint16_t bits;
+};
+struct BF16 {
+  uint16_t bits;
+};
+
+inline float fma_f32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fma_f64(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float widen(BF16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+
+// To nearest even, subnormals kept, NaN quiet.
+inline BF16 to_bf16(float x) {
+  const uint32_t bits = float_bits(x);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+inline float widen(F16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13) | (magnitude > 0x7c00 ? 0x400000 : 0));
+  // The exponent field of a half, read as the one of a float, is 112 too small; the product is exact, subnormals included.
+  return float_of(sign | float_bits(float_of(magnitude << 13) * 0x1p+112f));
+}
+
+inline F16 to_f16(float x) {
+  const uint32_t sign = (float_bits(x) >> 16) & 0x8000;
+  const uint32_t magnitude = float_bits(x) & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff))};
+  if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (magnitude < 0x38800000) {
+    // A subnormal half: adding 0.5 leaves it, rounded to nearest even, in the low bits.
+    return {static_cast<uint16_t>(sign | (float_bits(float_of(magnitude) + 0.5f) - 0x3f000000))};
+  }
+  return {static_cast<uint16_t>(sign | ((magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13))};
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+
+// A value of the accumulation type, rounded to the storage type.
+template <class T>
+T narrow(double x);
+template <>
+inline double narrow<double>(double x) {
+  return x;
+}
+template <>
+inline float narrow<float>(double x) {
+  return static_cast<float>(x);
+}
+template <>
+inline BF16 narrow<BF16>(double x) {
+  return to_bf16(static_cast<float>(x));
+}
+template <>
+inline F16 narrow<F16>(double x) {
+  return to_f16(static_cast<float>(x));
+}
+
+struct ScalarF32 {
+  using T = float;
+  using Reg = float;
+  static constexpr int kWidth = 1;
+  static Reg set(T x) { return x; }
+  static Reg load(const float* p) { return *p; }
+  static Reg load(const BF16* p) { return widen(*p); }
+  static Reg load(const F16* p) { return widen(*p); }
+  static void store(float* p, Reg x) { *p = x; }
+  static void store(BF16* p, Reg x) { *p = to_bf16(x); }
+  static void store(F16* p, Reg x) { *p = to_f16(x); }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg fma(Reg a, Reg b, Reg c) { return fma_f32(a, b, c); }  // a * b + c, rounded once
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }            // b where either is NaN
+  static Reg abs(Reg a) { return __builtin_fabsf(a); }
+  static Reg copy_sign(Reg a, Reg sign) { return __builtin_copysignf(a, sign); }
+  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
+  static int count_greater(Reg a, Reg b) { return a > b; }
+  static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0f ? 0.0f : x; }
+  // The low bits of x moved into the exponent field: 2^(low bits - bias).
+  static Reg low_bits_to_exponent(Reg x) { return float_of(float_bits(x) << 23); }
+};
+
+struct ScalarF64 {
+  using T = double;
+  using Reg = double;
+  static constexpr int kWidth = 1;
+  static Reg set(T x) { return x; }
+  static Reg load(const double* p) { return *p; }
+  static void store(double* p, Reg x) { *p = x; }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg div(Reg a, Reg b) { return a / b; }
+  static Reg fma(Reg a, Reg b, Reg c) { return fma_f64(a, b, c); }
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static Reg abs(Reg a) { return __builtin_fabs(a); }
+  static Reg copy_sign(Reg a, Reg sign) { return __builtin_copysign(a, sign); }
+  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
+  static int count_greater(Reg a, Reg b) { return a > b; }
+  static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0 ? 0.0 : x; }
+  static Reg low_bits_to_exponent(Reg x) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    bits <<= 52;
+    __builtin_memcpy(&x, &bits, sizeof bits);
+    return x;
+  }
+};
+
+struct ScalarIsa {
+  static constexpr const char* kName = "scalar";
+  using F32 = ScalarF32;
+  using F64 = ScalarF64;
+};
+
+}  // namespace
+}  // namespace fastloss
