@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ module. Arguments are positional; pointers are addresses, 0 for "none"; outputs are memory of the caller."""
+
+from typing import TypeAlias
+
+# (address, dtype code, shape, strides in elements, class axis)
+Tensor: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
+Targets: TypeAlias = tuple[int, int]  # (address, itemsize) of contiguous class ids in the order of the rows
+Transform: TypeAlias = tuple[float, float, int]  # (temperature, softcap or 0.0, address of the bias)
+Upstream: TypeAlias = tuple[int, int, int]  # (address, dtype code, step in elements)
+
+F32: int
+F64: int
+F16: int
+BF16: int
+
+def cross_entropy(
+    logits: Tensor,
+    target: Targets | None,
+    soft_target: Tensor | None,
+    weight: int,
+    transform: Transform,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: int,
+    denominator: float | None,
+    loss: int,
+    saved: int,
+    grad: Tensor | None,
+    /,
+) -> float: ...
+def cross_entropy_backward(
+    logits: Tensor,
+    target: Targets | None,
+    soft_target: Tensor | None,
+    weight: int,
+    transform: Transform,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    scale: float,
+    saved: int,
+    upstream: Upstream,
+    grad: Tensor,
+    /,
+) -> None: ...
+def soft_target_gradient(
+    logits: Tensor,
+    weight: int,
+    transform: Transform,
+    label_smoothing: float,
+    scale: float,
+    saved: int,
+    upstream: Upstream,
+    out: Tensor,
+    /,
+) -> None: ...
+def statistics(
+    logits: Tensor,
+    target: Targets | None,
+    k: int,
+    transform: Transform,
+    outputs: tuple[int, ...],
+    saved: int,
+    /,
+) -> None: ...
+def gradient(
+    logits: Tensor,
+    saved: int,
+    coefficients: int,
+    target: Targets | None,
+    k: int,
+    target_coefficients: int,
+    transform: Transform,
+    grad: Tensor,
+    /,
+) -> None: ...
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def set_isa(name: str, /) -> None: ...
+def set_num_threads(n: int, /) -> None: ...
+def get_num_threads() -> int: ...
+def use_torch_pool(parallel_for: int, get_num_threads: int, /) -> None: ...
+def build_info() -> dict[str, str]: ...
+def advise_huge_pages(address: int, nbytes: int, /) -> None: ...

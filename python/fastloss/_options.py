@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules that arguments must obey, for the NumPy and the PyTorch functions alike.
+
+Nothing here knows an array type: shapes are tuples of int, and messages name the argument as the caller wrote it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple, TypeAlias
+
+Shape: TypeAlias = Sequence[int]
+
+
+class LogitStats(NamedTuple):
+    """Statistics of rows of logits: a field for each statistic, None for those that were not asked for.
+
+    The fields hold NumPy arrays (`fastloss.logit_stats`) or PyTorch tensors (`fastloss.torch.logit_stats`), which is why
+    they are typed Any. With p = softmax(z) of the transformed logits z:
+
+    Attributes:
+        logprob: log p_y of the targets, in the shape of `target`.
+        logsumexp: L = log sum_j exp(z_j).
+        entropy: H = -sum_j p_j log p_j.
+        mean_logit: (1/V) sum_j z_j.
+        sum_sq_prob: sum_j p_j^2.
+        max_prob: max_j p_j.
+        argmax: the first class that has the largest logit, int64; -1 in a row whose normaliser is NaN.
+        rank: number of classes that a stable descending sort puts before the target, int64, in the shape of `target`;
+            0 exactly where the target is the argmax.
+    """
+
+    logprob: Any = None
+    logsumexp: Any = None
+    entropy: Any = None
+    mean_logit: Any = None
+    sum_sq_prob: Any = None
+    max_prob: Any = None
+    argmax: Any = None
+    rank: Any = None
+
+
+STATISTICS = LogitStats._fields
+TARGET_STATISTICS = ("logprob", "rank")
+INTEGER_STATISTICS = ("argmax", "rank")
+NONE, MEAN, SUM = 0, 1, 2
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+
+
+class LossOptions(NamedTuple):
+    """The options of a cross-entropy, checked, as the kernels take them."""
+
+    ignore_index: int
+    reduction: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float  # 0: none
+    temperature: float
+    denominator: float | None
+
+
+def loss_options(
+    ignore_index: object,
+    reduction: object,
+    label_smoothing: object,
+    z_loss: object,
+    softcap: object,
+    temperature: object,
+    denominator: object,
+) -> LossOptions:
+    """Checks the options of a cross-entropy."""
+    smoothing = number("label_smoothing", label_smoothing)
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {smoothing}")
+    z_factor = number("z_loss", z_loss)
+    if z_factor < 0.0:
+        raise ValueError(f"z_loss must be at least 0, got {z_factor}")
+    heat, cap = transform_options(temperature, softcap)
+    divisor = None if denominator is None else number("denominator", denominator)
+    if divisor is not None:
+        check_denominator_use(reduction)
+        if divisor <= 0.0:
+            raise ValueError(f"denominator must be positive, got {divisor}")
+    return LossOptions(index("ignore_index", ignore_index), reduction_code(reduction), smoothing, z_factor, cap, heat, divisor)
+
+
+def transform_options(temperature: object, softcap: object) -> tuple[float, float]:
+    """Returns (temperature, softcap), with 0 for no softcap."""
+    heat = number("temperature", temperature)
+    if heat <= 0.0:
+        raise ValueError(f"temperature must be positive, got {heat}")
+    if softcap is None:
+        return heat, 0.0
+    cap = number("softcap", softcap)
+    if cap <= 0.0:
+        raise ValueError(f"softcap must be positive, or None for no softcap; got {cap}")
+    return heat, cap
+
+
+def reduction_code(reduction: object) -> int:
+    """Returns the code of the reduction."""
+    if not isinstance(reduction, str):
+        raise TypeError(f"reduction must be a string, got {type(reduction).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    return REDUCTIONS[reduction]
+
+
+def check_denominator_use(reduction: object) -> None:
+    """A denominator belongs to the mean alone."""
+    if reduction != "mean":
+        raise ValueError(f"denominator goes with reduction='mean', got reduction={reduction!r}")
+
+
+def number(name: str, value: object) -> float:
+    """Returns a finite real number as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    converted = float(value)
+    if not math.isfinite(converted):
+        raise ValueError(f"{name} must be finite, got {converted}")
+    return converted
+
+
+def index(name: str, value: object) -> int:
+    """Returns an integer that fits in 64 bits."""
+    try:
+        converted = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if not -(2**63) <= converted < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {converted}")
+    return converted
+
+
+def class_axis(axis: object, shape: Shape, name: str, logits_name: str) -> int:
+    """Returns the class axis, counted from the front. None is PyTorch's convention: 1, or 0 where there is one axis alone."""
+    ndim = len(shape)
+    if ndim == 0:
+        raise ValueError(f"{logits_name} must have a class axis, got a 0-dimensional one")
+    chosen = min(1, ndim - 1) if axis is None else index(name, axis)
+    if not -ndim <= chosen < ndim:
+        raise IndexError(f"{name} = {chosen} is out of range for {logits_name} of {ndim} dimensions")
+    chosen %= ndim
+    if shape[chosen] == 0:
+        raise ValueError(f"{logits_name} must have at least one class, got shape {tuple(shape)} with classes along axis {chosen}")
+    return chosen
+
+
+def row_shape(shape: Shape, axis: int) -> tuple[int, ...]:
+    """Returns the shape without the class axis."""
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def check_ids_shape(target: Shape, logits: Shape, axis: int, logits_name: str) -> None:
+    """Class ids have the shape of the rows."""
+    if tuple(target) != row_shape(logits, axis):
+        raise ValueError(
+            f"target of class ids must have shape {row_shape(logits, axis)} for {logits_name} of shape {tuple(logits)} with classes "
+            f"along axis {axis}, got {tuple(target)}"
+        )
+
+
+def check_probabilities_shape(target: Shape, logits: Shape, logits_name: str) -> None:
+    """Probabilities have the shape of the logits."""
+    if tuple(target) != tuple(logits):
+        raise ValueError(
+            f"target of floating-point probabilities must have the shape of {logits_name}, {tuple(logits)}, got {tuple(target)}; "
+            "class ids must be integers"
+        )
+
+
+def check_per_class(shape: Shape, classes: int, name: str) -> None:
+    """Weights and biases are one number a class."""
+    if tuple(shape) != (classes,):
+        raise ValueError(f"{name} must have shape ({classes},), one number for each class, got {tuple(shape)}")
+
+
+def ids_per_row(target: Shape, logits: Shape, axis: int, name: str, logits_name: str) -> int:
+    """Returns K for ids of the shape of the rows and K at the end, 1 for ids of the shape of the rows."""
+    rows = row_shape(logits, axis)
+    if tuple(target) == rows:
+        return 1
+    if tuple(target[:-1]) == rows:
+        return int(target[-1])
+    raise ValueError(
+        f"{name} must have shape {rows}, or {(*rows, 'K')} for K ids a row, for {logits_name} of shape {tuple(logits)}, "
+        f"got {tuple(target)}"
+    )
+
+
+def wanted_statistics(want: object, has_target: bool) -> tuple[str, ...]:
+    """Returns the names of the wanted statistics."""
+    if isinstance(want, str) or not isinstance(want, Iterable):
+        raise TypeError(f"want must be a sequence of names, got {want!r}")
+    names = tuple(want)
+    for name in names:
+        if name not in STATISTICS:
+            raise ValueError(f"want must name statistics out of {', '.join(STATISTICS)}; got {name!r}")
+        if name in TARGET_STATISTICS and not has_target:
+            raise ValueError(f"want={name!r} needs a target")
+    return names

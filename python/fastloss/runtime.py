@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the library runs on: instruction set, threads, build."""
+
+from __future__ import annotations
+
+import operator
+
+from fastloss import _cpu
+
+
+def isa() -> str:
+    """Returns the instruction set in use.
+
+    It is the best one that this CPU runs, or the one that the environment variable `FASTLOSS_ISA` names when fastloss
+    is imported. Results have the same bits on all of them.
+
+    Example:
+        >>> import fastloss
+        >>> fastloss.isa() in fastloss.available_isas()
+        True
+    """
+    return _cpu.isa()
+
+
+def available_isas() -> list[str]:
+    """Returns the instruction sets that this build has and this CPU runs, the plainest first.
+
+    Example:
+        >>> import fastloss
+        >>> fastloss.available_isas()[0]
+        'scalar'
+    """
+    return _cpu.available_isas()
+
+
+def set_num_threads(n: int) -> None:
+    """Sets the number of threads that one call may use; results do not depend on it.
+
+    The start value comes from the environment variable `FASTLOSS_NUM_THREADS`; without it, it is the number of CPUs, or
+    that of PyTorch's threads once `fastloss.torch` is imported and work runs on them.
+
+    Args:
+        n: at least 1.
+
+    Raises:
+        TypeError: n is not an int.
+        ValueError: n is less than 1.
+
+    Example:
+        >>> import fastloss
+        >>> before = fastloss.get_num_threads()
+        >>> fastloss.set_num_threads(1)
+        >>> fastloss.get_num_threads()
+        1
+        >>> fastloss.set_num_threads(before)
+    """
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n must be an int, got {type(n).__name__}") from None
+    if not 1 <= n <= _MOST_THREADS:
+        raise ValueError(f"n must lie in [1, {_MOST_THREADS}], got {n}")
+    _cpu.set_num_threads(n)
+
+
+_MOST_THREADS = 2**31 - 1  # a C int
+
+
+def get_num_threads() -> int:
+    """Returns the number of threads that one call may use.
+
+    Example:
+        >>> import fastloss
+        >>> fastloss.get_num_threads() >= 1
+        True
+    """
+    return _cpu.get_num_threads()
+
+
+def build_info() -> dict[str, str]:
+    """Returns how this copy was built: version, compiler, flags.
+
+    Example:
+        >>> import fastloss
+        >>> fastloss.build_info()["version"] == fastloss.__version__
+        True
+    """
+    return _cpu.build_info()
