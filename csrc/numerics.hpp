@@ -12,29 +12,29 @@
 namespace fastloss {
 namespace {
 
+// exp(x) = 2^(k/S) 2^(f/S) with k = round(S x log2 e) and |f| <= 1/2. 2^(f/S) = 1 + f (c[0] + c[1] f + ...): minimax in the relative
+// error, found by the Remez exchange. float32 has S = 8: a table of eight entries saves half of the polynomial.
 template <class Number>
 struct ExpConstants;
 
-// 2^f = 1 + f (c[0] + c[1] f + ...) on [-1/2, 1/2]: minimax in the relative error, found by the Remez exchange.
 template <>
 struct ExpConstants<float> {
-  static constexpr int kTerms = 6;  // relative error 2^-28.5
-  static constexpr float kCoefficients[kTerms] = {0x1.62e432p-1f, 0x1.ebfbe2p-3f,  0x1.c6ae72p-5f,
-                                                  0x1.3b270ep-7f, 0x1.5f7276p-10f, 0x1.470b4ap-13f};
-  static constexpr float kLog2E = 0x1.715476p+0f;
-  static constexpr float kMagic = 0x1.8p+23f + 127.0f;       // x + kMagic holds round(x) + exponent bias in its low bits
+  static constexpr int kTerms = 3;  // relative error 2^-25.2
+  static constexpr float kCoefficients[kTerms] = {0x1.62e432p-4f, 0x1.ec0c32p-9f, 0x1.c6a004p-14f};
+  static constexpr float kScale = 0x1.715476p+3f;             // S log2 e
+  static constexpr float kMagic = 0x1.8p+23f;                 // x + kMagic holds round(x) in its low bits
   static constexpr float kLowest = -127.0f * 0x1.62e43p-1f;  // from here down the result is 0
 };
 
 template <>
 struct ExpConstants<double> {
-  static constexpr int kTerms = 11;  // relative error 2^-55.6
+  static constexpr int kTerms = 11;  // relative error 2^-58
   static constexpr double kCoefficients[kTerms] = {
-      0x1.62e42fefa39f3p-1,  0x1.ebfbdff82c598p-3,  0x1.c6b08d7048f31p-5,  0x1.3b2ab6fba1e1cp-7,
-      0x1.5d87fe7bbbe54p-10, 0x1.43091309611b8p-13, 0x1.ffcbee3af48b0p-17, 0x1.62bfd49ebfb96p-20,
-      0x1.b54167ce0934bp-24, 0x1.e605f99bf7beap-28, 0x1.c06342a55c055p-32};
-  static constexpr double kLog2E = 0x1.71547652b82fep+0;
-  static constexpr double kMagic = 0x1.8p+52 + 1023.0;
+      0x1.62e42fefa39efp-1,  0x1.ebfbdff82c5a4p-3,  0x1.c6b08d7049fe8p-5,  0x1.3b2ab6fba011ap-7,
+      0x1.5d87fe78cd6dcp-10, 0x1.4309130ed8bc8p-13, 0x1.ffcbfba97c6d7p-17, 0x1.62bfc79d7642ap-20,
+      0x1.b5267cea5f68ep-24, 0x1.e61b4f5049cdcp-28, 0x1.e79ba5e93da52p-32};
+  static constexpr double kScale = 0x1.71547652b82fep+0;
+  static constexpr double kMagic = 0x1.8p+52 + 1023.0;  // with the exponent bias
   static constexpr double kLowest = -1023.0 * 0x1.62e42fefa39efp-1;
 };
 
@@ -44,19 +44,20 @@ inline typename V::Reg clamp_exponent(typename V::Reg x) {
   return V::max(V::set(ExpConstants<typename V::T>::kLowest), x);
 }
 
-// exp(x) for kLowest <= x <= 0 (and NaN): exp(0) is exactly 1; results below the smallest normal number are 0.
+// exp(x) for kLowest <= x <= 0 (and NaN): exp(0) is exactly 1, exp(kLowest) exactly 0. What lies below the smallest normal
+// number has an absolute error below it.
 template <class V>
 inline typename V::Reg exp_clamped(typename V::Reg x) {
   using C = ExpConstants<typename V::T>;
-  const auto shifted = V::fma(x, V::set(C::kLog2E), V::set(C::kMagic));
-  const auto minus_n = V::sub(V::set(C::kMagic), shifted);
-  const auto f = V::fma(x, V::set(C::kLog2E), minus_n);
+  const auto shifted = V::fma(x, V::set(C::kScale), V::set(C::kMagic));
+  const auto minus_k = V::sub(V::set(C::kMagic), shifted);
+  const auto f = V::fma(x, V::set(C::kScale), minus_k);
   auto p = V::set(C::kCoefficients[C::kTerms - 1]);
 #pragma GCC unroll 16
   for (int i = C::kTerms - 2; i >= 0; --i) p = V::fma(p, f, V::set(C::kCoefficients[i]));
   p = V::fma(p, f, V::set(1));
-  // A multiplication, not an addition to the exponent: it keeps NaN, and 2^-127 becomes 0 here.
-  return V::mul(p, V::low_bits_to_exponent(shifted));
+  // A multiplication, not an addition to the exponent: it keeps NaN.
+  return V::mul(p, V::power_of_two(shifted));
 }
 
 inline double exp_nonpositive(double x) { return exp_clamped<ScalarF64>(clamp_exponent<ScalarF64>(x)); }

@@ -136,16 +136,19 @@ inline typename V::Reg gradient_at(const GradientTerms<typename V::T>& t, const 
   return t.derivative ? V::mul(g, V::load(t.derivative + i)) : g;
 }
 
-// n values of the gradient to `out`, of any storage type that V writes; nothing behind out + n is touched.
-template <class V, bool kPlain, class T>
-inline void gradient_row(const GradientTerms<typename V::T> terms, const typename V::T* z, int n, T* out) {
+// One row of n classes; `out` may be z itself. Nothing behind out + n is touched. `ahead` is memory that the caller reads next.
+template <class V, bool kPlain>
+inline void gradient_row(const GradientTerms<typename V::T> terms, const typename V::T* z, int n, const char* ahead, int ahead_bytes,
+                         typename V::T* out) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);
+    ahead += ahead_bytes;
 #pragma GCC unroll 64
     for (int k = 0; k < kLanes; k += V::kWidth) V::store(out + i + k, gradient_at<V, kPlain>(terms, z, i + k));
   }
   for (; i < n; i += V::kWidth) {
-    T rest[V::kWidth];
+    typename V::T rest[V::kWidth];
     V::store(rest, gradient_at<V, kPlain>(terms, z, i));
     for (int j = 0; j < V::kWidth && i + j < n; ++j) out[i + j] = rest[j];
   }

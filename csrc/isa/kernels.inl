@@ -7,6 +7,15 @@ namespace {
 
 inline int64_t block_count(const Pass& pass) { return (pass.classes + kBlock - 1) / kBlock; }
 
+// While a block of one row is computed, the next one is fetched: so many bytes for each kLanes classes, from there.
+inline int bytes_ahead(const Tile& logits, int rows) {
+  if (rows > 1 || logits.class_step != 1) return 0;
+  return kLanes * with_storage(logits.dtype, [](auto tag) { return int(sizeof(typename decltype(tag)::Type)); });
+}
+inline const char* next_block(const Tile& logits, int64_t block, int ahead_bytes) {
+  return ahead_bytes ? logits.data + (block + 1) * (kBlock / kLanes) * ahead_bytes : nullptr;
+}
+
 // The reference of a block of only -inf is 0, so that -inf - ref stays -inf.
 template <class A>
 inline A finite_reference(A max) {
@@ -49,8 +58,7 @@ void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int6
   const auto sums = pass.want & kWantSumSq     ? &exp_sums<V, true, true>
                     : pass.want & kWantEntropy ? &exp_sums<V, true, false>
                                                : &exp_sums<V, false, false>;
-  const int element_bytes = with_storage(logits.dtype, [](auto tag) { return int(sizeof(typename decltype(tag)::Type)); });
-  const int ahead_bytes = logits.class_step == 1 && rows == 1 ? kLanes * element_bytes : 0;
+  const int ahead_bytes = bytes_ahead(logits, rows);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock;
     const int n = block_length(pass.classes, block);
@@ -66,9 +74,7 @@ void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int6
       const A max = row_max<V>(z, whole);
       const A ref = finite_reference(max);
       out.max = max;
-      const char* ahead = ahead_bytes ? element<char>(logits, 0, 0) : nullptr;
-      if (ahead) ahead = logits.data + (first + kBlock) * element_bytes;
-      sums(z, whole, ref, ahead, ahead_bytes, out);
+      sums(z, whole, ref, next_block(logits, block, ahead_bytes), ahead_bytes, out);
       if (weight) weighted_sums<V, false>(z, weight, nullptr, whole, ref, out.weighted, out.weight);
       if (q) {
         const A* w = weight ? weight : stage_weight<A>(pass, block, scratch);
@@ -196,16 +202,15 @@ void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, 
     corrected[r * ids.k + i] = gradient_at_target<A>(pass, logits, r, coefficients[r], id, g + r * ids.k, ids.k, i);
   });
   const bool softcapped = pass.transform.softcap != 0.0;
-  const bool direct = rows == 1 && grad.class_step == 1;
+  const int ahead_bytes = bytes_ahead(logits, rows);
+  // float32 and float64 go straight to memory; what needs rounding or turning goes by way of the staged rows.
+  const bool direct = rows == 1 && grad.class_step == 1 && grad.dtype == (sizeof(A) == 8 ? kF64 : kF32);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock;
     const int n = block_length(pass.classes, block);
     const int whole = padded(n);
     if (direct && coefficients[0].zero) {
-      with_storage(grad.dtype, [&](auto tag) {
-        using T = typename decltype(tag)::Type;
-        __builtin_memset(static_cast<void*>(element<T>(grad, 0, first)), 0, n * sizeof(T));
-      });
+      __builtin_memset(element<A>(grad, 0, first), 0, n * sizeof(A));
       continue;
     }
     const Staged<A> staged = stage_logits<V>(pass, logits, rows, block, scratch, /*want_derivative=*/true, /*may_alias=*/direct);
@@ -227,22 +232,12 @@ void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, 
       terms.soft = q ? q + r * whole : nullptr;
       terms.derivative = softcapped ? static_cast<const A*>(scratch.derivative) + r * staged.stride : nullptr;
       const A* z = staged.z + r * staged.stride;
-      const auto write = [&](auto* out) {
-        if (c.zero) {
-          __builtin_memset(out, 0, n * sizeof *out);
-        } else if (terms.plain()) {
-          gradient_row<V, true>(terms, z, n, out);
-        } else {
-          gradient_row<V, false>(terms, z, n, out);
-        }
-      };
-      if (direct) {
-        with_storage(grad.dtype, [&](auto tag) {
-          using T = typename decltype(tag)::Type;
-          if constexpr (kNative<V, T>) write(element<T>(grad, 0, first));
-        });
+      A* out = direct ? element<A>(grad, 0, first) : const_cast<A*>(z);
+      const auto write = terms.plain() ? &gradient_row<V, true> : &gradient_row<V, false>;
+      if (c.zero) {
+        __builtin_memset(out, 0, n * sizeof(A));
       } else {
-        write(const_cast<A*>(z));
+        write(terms, z, n, next_block(logits, block, ahead_bytes), ahead_bytes, out);
       }
     }
     if (!direct) store_tile<V>(staged.z, staged.stride, first, n, rows, grad);

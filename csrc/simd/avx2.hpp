@@ -53,8 +53,10 @@ struct Avx2F32 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm256_and_ps(x, _mm256_cmp_ps(w, _mm256_setzero_ps(), _CMP_NEQ_UQ));
   }
-  static Reg low_bits_to_exponent(Reg x) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+  static Reg power_of_two(Reg x) {
+    const __m256i table = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kEighths));
+    const __m256i bits = _mm256_castps_si256(x);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(table, bits), _mm256_slli_epi32(bits, 20)));
   }
 };
 
@@ -82,7 +84,7 @@ struct Avx2F64 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm256_and_pd(x, _mm256_cmp_pd(w, _mm256_setzero_pd(), _CMP_NEQ_UQ));
   }
-  static Reg low_bits_to_exponent(Reg x) {
+  static Reg power_of_two(Reg x) {
     return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x), 52));
   }
 };

@@ -25,9 +25,8 @@ struct Avx512F32 {
     // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-    const __m512i chosen = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i chosen = _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, half);  // NaN stays NaN
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
   }
   static void store(F16* p, Reg x) {
@@ -50,8 +49,10 @@ struct Avx512F32 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ), x);
   }
-  static Reg low_bits_to_exponent(Reg x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+  static Reg power_of_two(Reg x) {
+    const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kEighths)));
+    const __m512i bits = _mm512_castps_si512(x);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(bits, table), _mm512_slli_epi32(bits, 20)));
   }
 };
 
@@ -77,7 +78,7 @@ struct Avx512F64 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(w, _mm512_setzero_pd(), _CMP_NEQ_UQ), x);
   }
-  static Reg low_bits_to_exponent(Reg x) {
+  static Reg power_of_two(Reg x) {
     return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52));
   }
 };

@@ -40,8 +40,12 @@ struct NeonF32 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vceqzq_f32(w)));
   }
-  static Reg low_bits_to_exponent(Reg x) {
-    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(x), 23));
+  static Reg power_of_two(Reg x) {
+    const uint8x16x2_t table = {{vreinterpretq_u8_u32(vld1q_u32(kEighths)), vreinterpretq_u8_u32(vld1q_u32(kEighths + 4))}};
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    const uint32x4_t bytes = vmlaq_u32(vdupq_n_u32(0x03020100), vandq_u32(bits, vdupq_n_u32(7)), vdupq_n_u32(0x04040404));
+    const uint32x4_t entry = vreinterpretq_u32_u8(vqtbl2q_u8(table, vreinterpretq_u8_u32(bytes)));
+    return vreinterpretq_f32_u32(vaddq_u32(entry, vshlq_n_u32(bits, 20)));
   }
 };
 
@@ -65,7 +69,7 @@ struct NeonF64 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(x), vceqzq_f64(w)));
   }
-  static Reg low_bits_to_exponent(Reg x) {
+  static Reg power_of_two(Reg x) {
     return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(x), 52));
   }
 };

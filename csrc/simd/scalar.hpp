@@ -82,6 +82,10 @@ inline F16 narrow<F16>(double x) {
   return to_f16(static_cast<float>(x));
 }
 
+// 2^(i/8), less i in the bits that k << 20 adds: the bits of 2^(k/8) are kEighths[k % 8] + (k << 20).
+constexpr uint32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                  0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+
 struct ScalarF32 {
   using T = float;
   using Reg = float;
@@ -104,8 +108,8 @@ struct ScalarF32 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   static int count_greater(Reg a, Reg b) { return a > b; }
   static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0f ? 0.0f : x; }
-  // The low bits of x moved into the exponent field: 2^(low bits - bias).
-  static Reg low_bits_to_exponent(Reg x) { return float_of(float_bits(x) << 23); }
+  // 2^(k/8), k in the low bits of x.
+  static Reg power_of_two(Reg x) { return float_of(kEighths[float_bits(x) & 7] + (float_bits(x) << 20)); }
 };
 
 struct ScalarF64 {
@@ -126,7 +130,8 @@ struct ScalarF64 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   static int count_greater(Reg a, Reg b) { return a > b; }
   static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0 ? 0.0 : x; }
-  static Reg low_bits_to_exponent(Reg x) {
+  // 2^(k - 1023), k in the low bits of x; 0 for k = 0.
+  static Reg power_of_two(Reg x) {
     uint64_t bits;
     __builtin_memcpy(&bits, &x, sizeof bits);
     bits <<= 52;

@@ -84,7 +84,9 @@ def loss_options(
         check_denominator_use(reduction)
         if divisor <= 0.0:
             raise ValueError(f"denominator must be positive, got {divisor}")
-    return LossOptions(index("ignore_index", ignore_index), reduction_code(reduction), smoothing, z_factor, cap, heat, divisor)
+    return LossOptions(
+        index("ignore_index", ignore_index), reduction_code(reduction), smoothing, z_factor, cap, heat, divisor
+    )
 
 
 def transform_options(temperature: object, softcap: object) -> tuple[float, float]:
@@ -146,7 +148,9 @@ def class_axis(axis: object, shape: Shape, name: str, logits_name: str) -> int:
         raise IndexError(f"{name} = {chosen} is out of range for {logits_name} of {ndim} dimensions")
     chosen %= ndim
     if shape[chosen] == 0:
-        raise ValueError(f"{logits_name} must have at least one class, got shape {tuple(shape)} with classes along axis {chosen}")
+        raise ValueError(
+            f"{logits_name} must have at least one class, got shape {tuple(shape)} with classes along axis {chosen}"
+        )
     return chosen
 
 

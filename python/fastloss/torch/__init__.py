@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PyTorch API: the losses and statistics of `fastloss`, on tensors, with autograd."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("fastloss.torch needs PyTorch: pip install fastloss[torch]") from error
+
+from fastloss._options import LogitStats
+from fastloss.torch.cross_entropy import CrossEntropyLoss, cross_entropy
+from fastloss.torch.stats import entropy_from_logits, logit_stats, selective_log_softmax
+
+__all__ = [
+    "CrossEntropyLoss",
+    "LogitStats",
+    "cross_entropy",
+    "entropy_from_logits",
+    "logit_stats",
+    "selective_log_softmax",
+]

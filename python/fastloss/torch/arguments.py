@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tensors may be passed, and the words when they do not fit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastloss import _options
+from fastloss.torch.ops import CODES, accumulation_dtype
+
+_IDS = (torch.int64, torch.int32)
+
+
+def check_logits(name: str, logits: Tensor) -> None:
+    """A dense floating-point tensor on the CPU."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+    if logits.dtype not in CODES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {_kind(logits)}")
+    if logits.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {logits.layout}")
+    if logits.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(f"{name} is on {logits.device}: fastloss.torch works on CPU tensors")
+
+
+def check_rows_target(logits: Tensor, target: Tensor, dim: int) -> Tensor:
+    """Class ids, contiguous and of 4 or 8 bytes, or probabilities as they are."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    check_device("target", target, logits)
+    if target.dtype in CODES:
+        if target.layout is not torch.strided:
+            raise TypeError(f"target must be a dense tensor, got {target.layout}")
+        _options.check_probabilities_shape(target.shape, logits.shape, "input")
+        return target
+    ids = as_class_ids(target)
+    _options.check_ids_shape(ids.shape, logits.shape, dim, "input")
+    return ids
+
+
+def as_class_ids(target: Tensor) -> Tensor:
+    """Class ids of any integer dtype, contiguous and of 4 or 8 bytes."""
+    if target.dtype not in _IDS:
+        if (
+            target.dtype == torch.bool
+            or target.dtype.is_floating_point
+            or target.dtype.is_complex
+            or target.is_quantized
+        ):
+            raise TypeError(f"target must hold integer class ids or floating-point probabilities, got {_kind(target)}")
+        target = target.long()
+    if target.layout is not torch.strided:
+        raise TypeError(f"target must be a dense tensor, got {target.layout}")
+    return target.contiguous()
+
+
+def per_class(name: str, value: Tensor, logits: Tensor, dim: int) -> Tensor:
+    """One number a class, in the accumulation type."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    _options.check_per_class(value.shape, logits.shape[dim], name)
+    if value.dtype not in CODES:
+        raise TypeError(f"{name} must be of a floating-point dtype, got {_kind(value)}")
+    check_device(name, value, logits)
+    if value.requires_grad:
+        raise ValueError(f"{name} gets no gradient from this loss: pass {name}.detach()")
+    return value.to(accumulation_dtype(logits.dtype)).contiguous()
+
+
+def check_device(name: str, value: Tensor, logits: Tensor) -> None:
+    """All tensors of a call live together."""
+    if value.device != logits.device:
+        raise ValueError(f"{name} is on {value.device}, but the logits are on {logits.device}")
+
+
+def _kind(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-entropy of tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction as legacy
+
+from fastloss import _options
+from fastloss.torch import ops
+from fastloss.torch.arguments import check_logits, check_rows_target, per_class
+from fastloss.torch.autograd import CrossEntropy, CrossEntropyUnderTransforms
+from fastloss.torch.ops import Options
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    dim: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    logit_bias: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Cross-entropy between logits and class ids or probabilities: `torch.nn.functional.cross_entropy`, and more.
+
+    With the transformed logits z_j = softcap * tanh(x_j / temperature / softcap) + logit_bias_j, L = log sum_j exp(z_j), V
+    classes, class weights w and label smoothing eps, the loss of a row is
+
+    - class id y: ``w_y * ((1 - eps) * (L - z_y) + z_loss * L**2) + eps / V * sum_j w_j * (L - z_j)``,
+    - probabilities q: ``sum_j w_j * ((1 - eps) * q_j + eps / V) * (L - z_j) + z_loss * L**2``.
+
+    Forward reads the logits once and keeps three numbers a row; backward reads them once more and writes the gradient. Under
+    `torch.compile` and `torch.func`, `inplace` has no effect.
+
+    Args:
+        input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, or any shape with `dim`; float32, float64, float16 or
+            bfloat16, any strides.
+        target: class ids, of any integer dtype, in the shape of the logits without the class dimension; or probabilities in
+            the shape of the logits, which may need gradients.
+        weight: class weights, shape ``(C)``; a constant.
+        size_average: deprecated by PyTorch, see `reduction`.
+        ignore_index: rows with this id count nothing and get a zero gradient.
+        reduce: deprecated by PyTorch, see `reduction`.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by the weights of the counted rows, or by the number of
+            rows for probabilities.
+        label_smoothing: eps in [0, 1].
+        dim: the class dimension. None is PyTorch's convention: 1, or 0 for 1-D logits. Use -1 for ``[batch, time, vocab]``.
+        z_loss: factor of the squared log-sum-exp.
+        softcap: bound of the logits.
+        temperature: divides the logits first.
+        logit_bias: one number a class, added last (logit adjustment), shape ``(C)``; a constant.
+        denominator: number or 0-d tensor that divides the sum in place of the counted weights: the tokens of a whole
+            accumulation window, say. A batch with every target ignored then gives 0, on the graph, and not NaN.
+        inplace: backward writes the gradient over the logits, so that no second tensor of their size is made. Autograd reports
+            any other use of the logits after that.
+
+    Returns:
+        The loss: float64 for float64 logits and else float32; a scalar, or the shape of the class ids for ``"none"``.
+
+    Raises:
+        TypeError: a dtype that is not supported.
+        ValueError: shapes or options that do not fit, `inplace` on a leaf that needs a gradient.
+        IndexError: a class id out of range.
+        NotImplementedError: tensors that are not on the CPU.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0]], requires_grad=True)
+        >>> loss = cross_entropy(logits, torch.tensor([0, 2]))
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", tuple(logits.grad.shape))
+        1.6672 (2, 3)
+
+    Source:
+        Label smoothing: Szegedy et al., "Rethinking the Inception Architecture" (2016). z-loss: Chowdhery et al., "PaLM" (2022).
+    """
+    if size_average is not None or reduce is not None:
+        reduction = legacy.legacy_get_string(size_average, reduce)
+    check_logits("input", input)
+    class_dim = _options.class_axis(dim, input.shape, "dim", "input")
+    target = check_rows_target(input, target, class_dim)
+    if weight is not None:
+        weight = per_class("weight", weight, input, class_dim)
+    if logit_bias is not None:
+        logit_bias = per_class("logit_bias", logit_bias, input, class_dim)
+    divisor: Tensor | None = None
+    if isinstance(denominator, Tensor):
+        _options.check_denominator_use(reduction)
+        if denominator.ndim != 0:
+            raise ValueError(
+                f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}"
+            )
+        divisor, denominator, reduction = denominator, None, "sum"
+    checked = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
+    options = Options(
+        class_dim, checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature
+    )
+    arguments = (input, target, weight, logit_bias, options, checked.reduction, checked.denominator)
+
+    if torch.compiler.is_compiling():
+        loss: Tensor = CrossEntropy.apply(*arguments, False)
+    elif not ops.eager(input, target, weight, logit_bias):
+        loss = CrossEntropyUnderTransforms.apply(*arguments)[0]
+    elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        if inplace:
+            _check_inplace(input)
+        loss = CrossEntropy.apply(*arguments, inplace)
+    else:
+        loss = ops.cross_entropy(*arguments, False)[0]
+    return loss if divisor is None else loss / divisor.to(loss.dtype)
+
+
+def _check_inplace(input: Tensor) -> None:
+    base = input._base
+    if input.requires_grad and (input.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
+        raise ValueError(
+            "inplace=True needs logits that are no leaf: this leaf needs a gradient, and backward would overwrite it"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
+        raise ValueError(
+            "inplace=True needs logits of their own: these are expanded, several elements share one place in memory"
+        )
+
+
+class CrossEntropyLoss(torch.nn.Module):
+    """`cross_entropy` as a module: `torch.nn.CrossEntropyLoss` with the same options, and those of fastloss.
+
+    Example:
+        >>> import torch
+        >>> criterion = CrossEntropyLoss(label_smoothing=0.1, z_loss=1e-4)
+        >>> criterion(torch.zeros(2, 3), torch.tensor([0, 2])).shape
+        torch.Size([])
+    """
+
+    weight: Tensor | None
+    logit_bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        dim: int | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        logit_bias: Tensor | None = None,
+        inplace: bool = False,
+    ) -> None:
+        """Takes the options of `cross_entropy`."""
+        super().__init__()
+        if size_average is not None or reduce is not None:
+            reduction = legacy.legacy_get_string(size_average, reduce)
+        _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, None)
+        self.register_buffer("weight", weight)
+        self.register_buffer("logit_bias", logit_bias)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.dim = dim
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.temperature = temperature
+        self.inplace = inplace
+
+    def forward(self, input: Tensor, target: Tensor, denominator: float | Tensor | None = None) -> Tensor:
+        """The loss of these logits, see `cross_entropy`."""
+        options: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "weight",
+                "ignore_index",
+                "reduction",
+                "label_smoothing",
+                "dim",
+                "z_loss",
+                "softcap",
+                "temperature",
+                "logit_bias",
+                "inplace",
+            )
+        }
+        return cross_entropy(input, target, denominator=denominator, **options)
+
+    def extra_repr(self) -> str:
+        """The options that differ from the defaults of PyTorch are worth seeing."""
+        return f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, z_loss={self.z_loss}, inplace={self.inplace}"

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors to kernels: the only file that sees a pointer.
+
+Each operation is a plain function over CPU tensors. The same function, registered as an operator of PyTorch, serves tracing,
+`torch.compile` and `vmap`; in eager mode the callers skip the dispatcher, which costs more than a small loss does.
+
+Statistics of rows (`saved`, coefficients) have the shape of the logits without the class dimension, and one more at the end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastloss import _cpu
+from fastloss._options import MEAN, NONE, row_shape
+
+CODES = {torch.float32: _cpu.F32, torch.float64: _cpu.F64, torch.float16: _cpu.F16, torch.bfloat16: _cpu.BF16}
+
+_HUGE_PAGES_FROM = 1 << 22  # bytes: two huge pages
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+class Options(NamedTuple):
+    """What a cross-entropy needs besides tensors."""
+
+    dim: int
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+    temperature: float = 1.0
+
+
+def eager(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors that nobody traces or transforms, so that the kernels may be called at once."""
+    if torch.compiler.is_compiling() or _functorch_active() or _dispatch_modes():
+        return False
+    return all(t is None or type(t) in _TENSORS for t in tensors)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _describe(tensor: Tensor, dim: int) -> _cpu.TensorArgs:
+    return tensor.data_ptr(), CODES[tensor.dtype], tensor.shape, tensor.stride(), dim
+
+
+def _ids(target: Tensor | None) -> _cpu.TargetArgs | None:
+    return None if target is None else (target.data_ptr(), target.element_size())
+
+
+def _targets(target: Tensor, dim: int) -> tuple[_cpu.TargetArgs | None, _cpu.TensorArgs | None]:
+    if target.dtype in CODES:
+        return None, _describe(target, dim)
+    return _ids(target), None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _fresh_gradient(like: Tensor) -> Tensor:
+    grad = torch.empty_like(like)
+    if grad.nbytes >= _HUGE_PAGES_FROM:
+        _cpu.advise_huge_pages(grad.data_ptr(), grad.nbytes)
+    return grad
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+    reduction: int,
+    denominator: float | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, float]:
+    """The loss, what backward needs of each row (max, rest, mass) if `keep`, and the factor 1 / denominator."""
+    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
+    rows = row_shape(logits.shape, dim)
+    loss = torch.empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype))
+    saved = torch.empty((*rows, 3), dtype=torch.float64) if keep else None
+    ids, soft = _targets(target, dim)
+    used = _cpu.cross_entropy(
+        _describe(logits, dim),
+        ids,
+        soft,
+        _address(weight),
+        (temperature, softcap, _address(bias)),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        reduction,
+        denominator,
+        loss.data_ptr(),
+        _address(saved),
+        None,
+    )
+    return loss, saved, 1.0 / used if used else 0.0  # nothing counted: no row has a gradient
+
+
+def cross_entropy_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    scale: float,
+    options: Options,
+    inplace: bool = False,
+) -> Tensor:
+    """The gradient by the logits; over the logits themselves with `inplace`."""
+    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
+    grad = logits if inplace else _fresh_gradient(logits)
+    ids, soft = _targets(target, dim)
+    upstream = upstream.contiguous()
+    _cpu.cross_entropy_backward(
+        _describe(logits, dim),
+        ids,
+        soft,
+        _address(weight),
+        (temperature, softcap, _address(bias)),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        scale,
+        saved.data_ptr(),
+        (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
+        _describe(grad, dim),
+    )
+    return grad
+
+
+def soft_target_gradient(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    scale: float,
+    options: Options,
+) -> Tensor:
+    """The gradient by target probabilities."""
+    out = _fresh_gradient(target)
+    upstream = upstream.contiguous()
+    _cpu.soft_target_gradient(
+        _describe(logits, options.dim),
+        _address(weight),
+        (options.temperature, options.softcap, _address(bias)),
+        options.label_smoothing,
+        scale,
+        saved.data_ptr(),
+        (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
+        _describe(out, options.dim),
+    )
+    return out
+
+
+def statistics(
+    logits: Tensor,
+    target: Tensor | None,
+    bias: Tensor | None,
+    dim: int,
+    softcap: float,
+    temperature: float,
+    want: list[bool],
+) -> list[Tensor]:
+    """The eight statistics in the order of LogitStats, empty where not wanted, and `saved`."""
+    outputs = _stats_outputs(logits, target, dim, want)
+    rows = row_shape(logits.shape, dim)
+    k = 1 if target is None or target.ndim == len(rows) else target.shape[-1]
+    if target is not None:
+        target = target.contiguous()
+    _cpu.statistics(
+        _describe(logits, dim),
+        _ids(target),
+        k,
+        (temperature, softcap, _address(bias)),
+        [out.data_ptr() if wanted else 0 for out, wanted in zip(outputs, want, strict=False)],
+        outputs[-1].data_ptr(),
+    )
+    return outputs
+
+
+def gradient(
+    logits: Tensor,
+    saved: Tensor,
+    coefficients: Tensor,
+    target: Tensor | None,
+    target_coefficients: Tensor | None,
+    bias: Tensor | None,
+    dim: int,
+    softcap: float,
+    temperature: float,
+) -> Tensor:
+    """p (a + b (z - max) + c p) + d less the target coefficients at their ids, through the transform."""
+    grad = _fresh_gradient(logits)
+    if target is not None:
+        target = target.contiguous()
+    k = 1 if target is None or target.ndim == saved.ndim - 1 else target.shape[-1]
+    saved, coefficients = saved.contiguous(), coefficients.contiguous()
+    if target_coefficients is not None:
+        target_coefficients = target_coefficients.contiguous()
+    _cpu.gradient(
+        _describe(logits, dim),
+        saved.data_ptr(),
+        coefficients.data_ptr(),
+        _ids(target),
+        k,
+        _address(target_coefficients),
+        (temperature, softcap, _address(bias)),
+        _describe(grad, dim),
+    )
+    return grad
+
+
+def _stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: list[bool]) -> list[Tensor]:
+    """Room for the statistics: on logits of any kind, so that tracing sees the same shapes."""
+    rows = row_shape(logits.shape, dim)
+    outputs = []
+    for i, wanted in enumerate(want):
+        per_target = i in (0, 7) and target is not None
+        shape = tuple(target.shape) if per_target and target is not None else rows
+        dtype = torch.int64 if i >= 6 else accumulation_dtype(logits.dtype)
+        outputs.append(logits.new_empty(shape if wanted else (0,), dtype=dtype))
+    outputs.append(logits.new_empty((*rows, 3), dtype=torch.float64))
+    return outputs
+
+
+# ---- the same functions as operators of PyTorch ---------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("fastloss", "DEF")
+_OPTIONS = "int dim, int ignore_index, float label_smoothing, float z_loss, float softcap, float temperature"
+_ROWS = f"Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor? bias, Tensor saved, Tensor scale, {_OPTIONS}"
+_LIBRARY.define(
+    f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? bias, {_OPTIONS}, int reduction, float? denominator)"
+    " -> (Tensor loss, Tensor saved, Tensor scale)"
+)
+_LIBRARY.define(f"cross_entropy_backward({_ROWS}) -> Tensor")
+_LIBRARY.define(f"soft_target_gradient({_ROWS}) -> Tensor")
+_LIBRARY.define(
+    "statistics(Tensor logits, Tensor? target, Tensor? bias, int dim, float softcap, float temperature, bool[] want) -> Tensor[]"
+)
+_LIBRARY.define(
+    "gradient(Tensor logits, Tensor saved, Tensor coefficients, Tensor? target, Tensor? target_coefficients, Tensor? bias, int dim,"
+    " float softcap, float temperature) -> Tensor"
+)
+
+
+def _cross_entropy_op(
+    logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *options, reduction, denominator = rest
+    loss, saved, scale = cross_entropy(logits, target, weight, bias, Options(*options), reduction, denominator, True)
+    assert saved is not None
+    return loss, saved, torch.tensor(scale, dtype=torch.float64)
+
+
+def _cross_entropy_fake(
+    logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, dim: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = row_shape(logits.shape, dim)
+    loss = logits.new_empty(rows if rest[-2] == NONE else (), dtype=accumulation_dtype(logits.dtype))
+    return loss, logits.new_empty((*rows, 3), dtype=torch.float64), logits.new_empty((), dtype=torch.float64)
+
+
+def _backward_op(*args: Any) -> Tensor:
+    return cross_entropy_backward(*args[:5], args[5].contiguous(), args[6].item(), Options(*args[7:]))
+
+
+def _soft_target_op(*args: Any) -> Tensor:
+    return soft_target_gradient(*args[:5], args[5].contiguous(), args[6].item(), Options(*args[7:]))
+
+
+_LIBRARY.impl("cross_entropy", _cross_entropy_op, "CPU")
+_LIBRARY.impl("cross_entropy_backward", _backward_op, "CPU")
+_LIBRARY.impl("soft_target_gradient", _soft_target_op, "CPU")
+_LIBRARY.impl("statistics", statistics, "CPU")
+_LIBRARY.impl("gradient", gradient, "CPU")
+torch.library.register_fake("fastloss::cross_entropy", _cross_entropy_fake)
+torch.library.register_fake(
+    "fastloss::cross_entropy_backward", lambda upstream, logits, *rest: torch.empty_like(logits)
+)
+torch.library.register_fake(
+    "fastloss::soft_target_gradient", lambda upstream, logits, target, *rest: torch.empty_like(target)
+)
+torch.library.register_fake(
+    "fastloss::statistics",
+    lambda logits, target, bias, dim, softcap, temperature, want: _stats_outputs(logits, target, dim, want),
+)
+torch.library.register_fake("fastloss::gradient", lambda logits, *rest: torch.empty_like(logits))
+
+
+# ---- vmap: a batch is more rows -------------------------------------------------------------------------------------
+
+
+def _front(value: Any, in_dim: int | None, size: int) -> Any:
+    """The batch dimension in front; tensors without one are expanded."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.expand(size, *value.shape) if in_dim is None else value.movedim(in_dim, 0)
+
+
+def _unbatched(name: str, in_dim: int | None) -> None:
+    if in_dim is not None:
+        raise NotImplementedError(f"{name} cannot be batched by vmap: it is one number a class, the same for all rows")
+
+
+def _cross_entropy_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    logits, target = (_front(args[i], in_dims[i], info.batch_size) for i in (0, 1))
+    weight, bias, dim, ignore_index, *options, reduction, denominator = args[2:]
+    _unbatched("weight", in_dims[2])
+    _unbatched("logit_bias", in_dims[3])
+    op = torch.ops.fastloss.cross_entropy
+    loss, saved, scale = op(logits, target.contiguous(), weight, bias, dim + 1, ignore_index, *options, NONE, None)
+    scale = scale.expand(info.batch_size)
+    if reduction != NONE:
+        loss = loss.flatten(1).to(torch.float64).sum(1)
+        if reduction == MEAN:
+            counted = _counted(loss, target, weight, ignore_index, denominator)
+            loss = loss / counted
+            scale = torch.where(counted == 0, 0, 1 / counted)
+        loss = loss.to(accumulation_dtype(logits.dtype))
+    return (loss, saved, scale), (0, 0, 0)
+
+
+def _counted(
+    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, denominator: float | None
+) -> Tensor:
+    """The denominator of the mean of each sample."""
+    if denominator is not None:
+        return torch.full_like(loss, denominator)
+    if target.dtype in CODES:
+        raise NotImplementedError("vmap over a mean of soft targets: use reduction='none' and take the mean outside")
+    counts = target != ignore_index
+    weights = counts.to(torch.float64)
+    if weight is not None:
+        weights = weights * weight.to(torch.float64)[torch.where(counts, target, 0)]
+    return weights.flatten(1).sum(1)
+
+
+def _row_gradient_vmap(op: Any) -> Any:
+    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
+        size = info.batch_size
+        upstream, logits, target, weight, bias, saved, scale = (
+            _front(a, d, size) for a, d in zip(args[:7], in_dims, strict=False)
+        )
+        if weight is not None:
+            _unbatched("weight", in_dims[3])
+            weight = args[3]
+        if bias is not None:
+            _unbatched("logit_bias", in_dims[4])
+            bias = args[4]
+        rows = saved.shape[:-1]
+        factor = upstream.reshape(size, *upstream.shape[1:]) * scale.reshape(size, *[1] * (upstream.ndim - 1))
+        factor = factor.reshape(size, *([1] * (len(rows) - 1) if upstream.ndim == 1 else rows[1:])).expand(rows)
+        one = torch.ones((), dtype=torch.float64)
+        out = op(
+            factor.contiguous(),
+            logits,
+            target.contiguous(),
+            weight,
+            bias,
+            saved.contiguous(),
+            one,
+            args[7] + 1,
+            *args[8:],
+        )
+        return out, 0
+
+    return rule
+
+
+def _statistics_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    logits, target = (_front(args[i], in_dims[i], info.batch_size) for i in (0, 1))
+    _unbatched("bias", in_dims[2])
+    outputs = torch.ops.fastloss.statistics(logits, target, args[2], args[3] + 1, *args[4:])
+    unwanted = [torch.empty((info.batch_size, 0), dtype=out.dtype) for out in outputs]
+    wanted = [*args[6], True]
+    return [out if want else none for out, none, want in zip(outputs, unwanted, wanted, strict=True)], [0] * len(
+        outputs
+    )
+
+
+def _gradient_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    tensors = [_front(a, d, info.batch_size) for a, d in zip(args[:5], in_dims, strict=False)]
+    _unbatched("bias", in_dims[5])
+    return torch.ops.fastloss.gradient(*tensors, args[5], args[6] + 1, *args[7:]), 0
+
+
+torch.library.register_vmap("fastloss::cross_entropy", _cross_entropy_vmap)
+torch.library.register_vmap("fastloss::statistics", _statistics_vmap)
+torch.library.register_vmap("fastloss::gradient", _gradient_vmap)
+for _name in ("cross_entropy_backward", "soft_target_gradient"):
+    torch.library.register_vmap(f"fastloss::{_name}", _row_gradient_vmap(getattr(torch.ops.fastloss, _name)))
+
+
+def _use_torch_pool() -> None:
+    """Runs our loops on PyTorch's threads, by the C symbols of the library that is already loaded (PyTorch 2.10 and later)."""
+    for library in Path(torch.__file__).parent.joinpath("lib").glob("libtorch_cpu.*"):
+        loaded = ctypes.CDLL(str(library))
+        try:
+            parallel_for, threads = loaded.torch_parallel_for, loaded.torch_get_num_threads
+        except AttributeError:
+            return
+        _cpu.use_torch_pool(*(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (parallel_for, threads)))
+
+
+_use_torch_pool()

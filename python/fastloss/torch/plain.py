@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses as plain differentiable PyTorch: second derivatives go through here, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss.torch.ops import CODES, Options, accumulation_dtype
+
+
+def transformed(logits: Tensor, dim: int, softcap: float, temperature: float, bias: Tensor | None) -> Tensor:
+    """z, classes last, in the accumulation type."""
+    z = logits.movedim(dim, -1).to(accumulation_dtype(logits.dtype)) / temperature
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    return z if bias is None else z + bias
+
+
+def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    """The loss of each row."""
+    dim, ignore_index, smoothing, z_loss, softcap, temperature = options
+    z = transformed(logits, dim, softcap, temperature, bias)
+    lse = torch.logsumexp(z, -1)
+    gap = lse.unsqueeze(-1) - z
+    weights = torch.ones(z.shape[-1], dtype=z.dtype) if weight is None else weight
+    smooth = smoothing / z.shape[-1] * (weights * gap).sum(-1) if smoothing else torch.zeros_like(lse)
+    if target.dtype in CODES:
+        probabilities = target.movedim(dim, -1).to(z.dtype)
+        return (1 - smoothing) * (weights * probabilities * gap).sum(-1) + smooth + z_loss * lse**2
+    counts = target != ignore_index
+    ids = torch.where(counts, target, 0).long()
+    picked = gap.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    losses = weights[ids] * ((1 - smoothing) * picked + z_loss * lse**2) + smooth
+    return torch.where(counts, losses, 0)
+
+
+def statistics(
+    logits: Tensor,
+    target: Tensor | None,
+    bias: Tensor | None,
+    dim: int,
+    softcap: float,
+    temperature: float,
+    want: list[bool],
+) -> tuple[Tensor, ...]:
+    """The wanted ones of the six differentiable statistics, in the order of LogitStats."""
+    z = transformed(logits, dim, softcap, temperature, bias)
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+
+    def logprob() -> Tensor:
+        assert target is not None
+        many = target.ndim == log_p.ndim
+        picked = log_p.gather(-1, target.long() if many else target.long().unsqueeze(-1))
+        return picked if many else picked.squeeze(-1)
+
+    formulas: list[Callable[[], Tensor]] = [
+        logprob,
+        lambda: torch.logsumexp(z, -1),
+        lambda: -(p * torch.where(p > 0, log_p, 0)).sum(-1),
+        lambda: z.mean(-1),
+        lambda: (p * p).sum(-1),
+        lambda: p.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1),
+    ]
+    return tuple(formula() for formula, wanted in zip(formulas, want, strict=False) if wanted)
+
+
+def vjp_of_vjp(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], upstream: Any, cotangents: tuple[Tensor | None, ...]
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """Gradients, by `upstream` and by `inputs`, of the inner product of `cotangents` with the gradient of `function`."""
+
+    def gradients(upstream: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        _, pull_back = torch.func.vjp(function, *inputs)
+        return tuple(g for g, cotangent in zip(pull_back(upstream), cotangents, strict=True) if cotangent is not None)
+
+    _, pull_back = torch.func.vjp(gradients, upstream, *inputs)
+    by_upstream, *by_inputs = pull_back(tuple(c for c in cotangents if c is not None))
+    return by_upstream, tuple(by_inputs)
