@@ -22,9 +22,9 @@ namespace {
 
 // (pointer, dtype, shape, strides in elements, class axis)
 using TensorArgs = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>, int>;
-using TargetArgs = std::tuple<uintptr_t, int>;             // (pointer, itemsize)
+using TargetArgs = std::tuple<uintptr_t, int>;                // (pointer, itemsize)
 using TransformArgs = std::tuple<double, double, uintptr_t>;  // (temperature, softcap, bias pointer)
-using UpstreamArgs = std::tuple<uintptr_t, int, int64_t>;  // (pointer, dtype, step)
+using UpstreamArgs = std::tuple<uintptr_t, int, int64_t>;     // (pointer, dtype, step)
 
 template <class T = void>
 T* pointer(uintptr_t address) {
@@ -58,9 +58,10 @@ Upstream upstream(const UpstreamArgs& args) {
 }
 
 double bind_cross_entropy(const TensorArgs& logits, const std::optional<TargetArgs>& target,
-                          const std::optional<TensorArgs>& soft_target, uintptr_t weight, const TransformArgs& z, int64_t ignore_index,
-                          double label_smoothing, double z_loss, int reduction, std::optional<double> denominator, uintptr_t loss,
-                          uintptr_t saved, const std::optional<TensorArgs>& grad) {
+                          const std::optional<TensorArgs>& soft_target, uintptr_t weight, const TransformArgs& z,
+                          int64_t ignore_index, double label_smoothing, double z_loss, int reduction,
+                          std::optional<double> denominator, uintptr_t loss, uintptr_t saved,
+                          const std::optional<TensorArgs>& grad) {
   const CrossEntropyCall call{tensor(logits), targets(target, 1), tensor(soft_target), pointer<const void>(weight),
                               transform(z),   ignore_index,       label_smoothing,     z_loss};
   const Tensor out = tensor(grad);
@@ -102,12 +103,12 @@ void bind_statistics(const TensorArgs& logits, const std::optional<TargetArgs>& 
   statistics(x, targets(target, k), transform(z), outputs);
 }
 
-void bind_gradient(const TensorArgs& logits, uintptr_t saved, uintptr_t coefficients, const std::optional<TargetArgs>& target, int k,
-                   uintptr_t g, const TransformArgs& z, const TensorArgs& grad) {
+void bind_gradient(const TensorArgs& logits, uintptr_t saved, uintptr_t coefficients, const std::optional<TargetArgs>& target,
+                   int k, uintptr_t g, const TransformArgs& z, const TensorArgs& grad) {
   const Tensor x = tensor(logits), out = tensor(grad);
   const py::gil_scoped_release release;
-  stats_gradient(x, pointer<const double>(saved), pointer<const double>(coefficients), targets(target, k), pointer<const double>(g),
-                 transform(z), out);
+  stats_gradient(x, pointer<const double>(saved), pointer<const double>(coefficients), targets(target, k),
+                 pointer<const double>(g), transform(z), out);
 }
 
 py::dict build_info() {

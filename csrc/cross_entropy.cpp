@@ -35,7 +35,10 @@ void write_number(void* data, Dtype dtype, int64_t i, double value) {
 class Call {
  public:
   explicit Call(const CrossEntropyCall& call)
-      : c_(call), classes_(call.logits.shape[call.logits.axis]), soft_(call.soft_target), options_{call.label_smoothing, call.z_loss} {}
+      : c_(call),
+        classes_(call.logits.shape[call.logits.axis]),
+        soft_(call.soft_target),
+        options_{call.label_smoothing, call.z_loss} {}
 
   bool ignored(int64_t row) const { return !soft_ && c_.target[row] == c_.ignore_index; }
 

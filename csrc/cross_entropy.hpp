@@ -10,8 +10,8 @@ enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
 
 struct CrossEntropyCall {
   Tensor logits;
-  Targets target;      // class ids, or
-  Tensor soft_target;  // probabilities, of any dtype and strides
+  Targets target;                // class ids, or
+  Tensor soft_target;            // probabilities, of any dtype and strides
   const void* weight = nullptr;  // class weights of the accumulation type
   Transform transform;
   int64_t ignore_index = -100;
@@ -26,8 +26,8 @@ struct Upstream {
   int64_t step = 0;
 };
 
-// Writes the losses (one number a row, or the reduced one) in the accumulation type, `saved` (max, rest, mass of each row; may be
-// null) and `grad` (may be empty) in one trip over the logits. Returns the denominator of the mean, else 1.
+// Writes the losses (one number a row, or the reduced one) in the accumulation type, `saved` (max, rest, mass of each row; may
+// be null) and `grad` (may be empty) in one trip over the logits. Returns the denominator of the mean, else 1.
 double cross_entropy(const CrossEntropyCall& call, Reduction reduction, const double* denominator, void* loss, double* saved,
                      const Tensor& grad);
 

@@ -171,8 +171,10 @@ class Run {
     w.rows = tiling_.rows(tile);
     size_t tensor = 0;
     w.logits = layout_.tile(tensor, w.first_row);
-    if (s_.soft) w.soft = layout_.tile(++tensor, w.first_row);
-    else w.soft = Tile{};
+    if (s_.soft)
+      w.soft = layout_.tile(++tensor, w.first_row);
+    else
+      w.soft = Tile{};
     if (s_.grad) w.grad = layout_.tile(++tensor, w.first_row);
     const size_t k = s_.targets ? s_.targets.k : 0;
     const size_t ids = w.rows * k;

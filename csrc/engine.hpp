@@ -31,7 +31,8 @@ struct Targets {
   }
 };
 
-// One call over all rows: statistics if `on_row` is given, then the gradient if `coefficients` is. Both are called once for each row.
+// One call over all rows: statistics if `on_row` is given, then the gradient if `coefficients` is. Both are called once for
+// each row.
 struct Sweep {
   Pass pass;
   Tensor logits, soft, grad;

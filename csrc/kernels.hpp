@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the program may ask of one instruction set: a table of functions for each accumulation type.
 //
-// Every function works on a tile: a few rows of a matrix of N rows (tokens) and V columns (classes). A tile is one row where the
-// classes lie side by side in memory, and up to kTileRows neighbouring rows where they do not. Columns are taken in blocks of
-// kBlock; results never depend on how blocks and tiles are shared out among threads.
+// Every function works on a tile: a few rows of a matrix of N rows (tokens) and V columns (classes). A tile is one row where
+// the classes lie side by side in memory, and up to kTileRows neighbouring rows where they do not. Columns are taken in blocks
+// of kBlock; results never depend on how blocks and tiles are shared out among threads.
 #pragma once
 
 #include <stddef.h>
@@ -13,9 +13,9 @@ namespace fastloss {
 
 enum Dtype : int { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
 
-constexpr int kBlock = 4096;              // columns in a block: 16 KiB of float32, so that a block stays in L1
-constexpr int kLanes = 64;                // virtual lanes of every sum and maximum, on every instruction set
-constexpr int kTileRows = 64;             // rows in a tile, at most
+constexpr int kBlock = 4096;                // columns in a block: 16 KiB of float32, so that a block stays in L1
+constexpr int kLanes = 64;                  // virtual lanes of every sum and maximum, on every instruction set
+constexpr int kTileRows = 64;               // rows in a tile, at most
 constexpr int kTileElements = 16 * kBlock;  // elements of a staged tile, at most
 
 // z = softcap * tanh(x / temperature / softcap) + bias_j
@@ -56,8 +56,8 @@ struct Partial {
   double soft_weight;  // sum w q
 };
 
-// Statistics of one row. The normaliser is kept as (max, rest): sum_j exp(z_j - max) = 1 + rest, log-sum-exp = max + log1p(rest).
-// Where one class holds most of the probability, rest is summed without it, so that nothing of 1 - p is lost.
+// Statistics of one row. The normaliser is kept as (max, rest): sum_j exp(z_j - max) = 1 + rest, log-sum-exp = max +
+// log1p(rest). Where one class holds most of the probability, rest is summed without it, so that nothing of 1 - p is lost.
 struct RowStats {
   double max;
   double rest;
@@ -95,8 +95,8 @@ struct RowKernels {
   // z of the target ids, in double: z[row * k + i].
   void (*gather)(const Pass&, const Tile& logits, int rows, const TargetIds&, double* z);
 
-  // Partials of the blocks [begin, end): partials[row * blocks_of_a_row + block]. With `ranks`, also how many classes of each block
-  // come before each target in a stable descending sort: ranks[(row * blocks_of_a_row + block) * k + i].
+  // Partials of the blocks [begin, end): partials[row * blocks_of_a_row + block]. With `ranks`, also how many classes of each
+  // block come before each target in a stable descending sort: ranks[(row * blocks_of_a_row + block) * k + i].
   void (*scan)(const Pass&, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, Partial* partials,
                const TargetIds&, const double* target_z, int64_t* ranks, Scratch&);
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The mathematics, once: exp, log1p, tanh, and the formulas of cross-entropy over the statistics of a row.
 //
-// Everything here is written in terms of a vector type V (see simd/scalar.hpp for the list of operations), fuses multiply and add
-// exactly where fma stands, and gives the same bits for every V. The anonymous namespace keeps each compiled copy to its own
-// object file: a copy compiled for AVX-512 must never be the one that the linker keeps for everybody.
+// Everything here is written in terms of a vector type V (see simd/scalar.hpp for the list of operations), fuses multiply and
+// add exactly where fma stands, and gives the same bits for every V. The anonymous namespace keeps each compiled copy to its
+// own object file: a copy compiled for AVX-512 must never be the one that the linker keeps for everybody.
 #pragma once
 
 #include "kernels.hpp"
@@ -12,8 +12,8 @@
 namespace fastloss {
 namespace {
 
-// exp(x) = 2^(k/S) 2^(f/S) with k = round(S x log2 e) and |f| <= 1/2. 2^(f/S) = 1 + f (c[0] + c[1] f + ...): minimax in the relative
-// error, found by the Remez exchange. float32 has S = 8: a table of eight entries saves half of the polynomial.
+// exp(x) = 2^(k/S) 2^(f/S) with k = round(S x log2 e) and |f| <= 1/2. 2^(f/S) = 1 + f (c[0] + c[1] f + ...): minimax in the
+// relative error, found by the Remez exchange. float32 has S = 8: a table of eight entries saves half of the polynomial.
 template <class Number>
 struct ExpConstants;
 
@@ -21,18 +21,18 @@ template <>
 struct ExpConstants<float> {
   static constexpr int kTerms = 3;  // relative error 2^-25.2
   static constexpr float kCoefficients[kTerms] = {0x1.62e432p-4f, 0x1.ec0c32p-9f, 0x1.c6a004p-14f};
-  static constexpr float kScale = 0x1.715476p+3f;             // S log2 e
-  static constexpr float kMagic = 0x1.8p+23f;                 // x + kMagic holds round(x) in its low bits
+  static constexpr float kScale = 0x1.715476p+3f;            // S log2 e
+  static constexpr float kMagic = 0x1.8p+23f;                // x + kMagic holds round(x) in its low bits
   static constexpr float kLowest = -127.0f * 0x1.62e43p-1f;  // from here down the result is 0
 };
 
 template <>
 struct ExpConstants<double> {
   static constexpr int kTerms = 11;  // relative error 2^-58
-  static constexpr double kCoefficients[kTerms] = {
-      0x1.62e42fefa39efp-1,  0x1.ebfbdff82c5a4p-3,  0x1.c6b08d7049fe8p-5,  0x1.3b2ab6fba011ap-7,
-      0x1.5d87fe78cd6dcp-10, 0x1.4309130ed8bc8p-13, 0x1.ffcbfba97c6d7p-17, 0x1.62bfc79d7642ap-20,
-      0x1.b5267cea5f68ep-24, 0x1.e61b4f5049cdcp-28, 0x1.e79ba5e93da52p-32};
+  static constexpr double kCoefficients[kTerms] = {0x1.62e42fefa39efp-1,  0x1.ebfbdff82c5a4p-3,  0x1.c6b08d7049fe8p-5,
+                                                   0x1.3b2ab6fba011ap-7,  0x1.5d87fe78cd6dcp-10, 0x1.4309130ed8bc8p-13,
+                                                   0x1.ffcbfba97c6d7p-17, 0x1.62bfc79d7642ap-20, 0x1.b5267cea5f68ep-24,
+                                                   0x1.e61b4f5049cdcp-28, 0x1.e79ba5e93da52p-32};
   static constexpr double kScale = 0x1.71547652b82fep+0;
   static constexpr double kMagic = 0x1.8p+52 + 1023.0;  // with the exponent bias
   static constexpr double kLowest = -1023.0 * 0x1.62e42fefa39efp-1;
@@ -137,7 +137,8 @@ struct SavedRow {
 
 // Row loss, class id y of weight w_y:  w_y ((1 - eps) (L - z_y) + z_loss L^2) + eps / V sum_j w_j (L - z_j)
 // Row loss, soft targets q:            sum_j w_j ((1 - eps) q_j + eps / V) (L - z_j) + z_loss L^2
-// Both are written with l = L - max = log1p(rest) and z - max, so that a common offset of the logits cancels before it can round.
+// Both are written with l = L - max = log1p(rest) and z - max, so that a common offset of the logits cancels before it can
+// round.
 inline double cross_entropy_of_id(const CrossEntropyOptions& o, int64_t classes, const RowStats& s, double target_z,
                                   double target_weight, SavedRow* saved) {
   const double l = log1p_nonnegative(s.rest);

@@ -20,7 +20,8 @@ int get_num_threads();
 void set_num_threads(int threads);
 
 // PyTorch's C entry points torch_parallel_for and torch_get_num_threads, by address.
-using TorchParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+using TorchParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                                  void* context);
 using TorchGetNumThreads = int (*)();
 void use_torch_pool(TorchParallelFor parallel, TorchGetNumThreads count);
 

@@ -138,8 +138,8 @@ inline typename V::Reg gradient_at(const GradientTerms<typename V::T>& t, const 
 
 // One row of n classes; `out` may be z itself. Nothing behind out + n is touched. `ahead` is memory that the caller reads next.
 template <class V, bool kPlain>
-inline void gradient_row(const GradientTerms<typename V::T> terms, const typename V::T* z, int n, const char* ahead, int ahead_bytes,
-                         typename V::T* out) {
+inline void gradient_row(const GradientTerms<typename V::T> terms, const typename V::T* z, int n, const char* ahead,
+                         int ahead_bytes, typename V::T* out) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);

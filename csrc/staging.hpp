@@ -68,7 +68,8 @@ constexpr int kStrip = 16;
 
 // Columns [first, first + n) of every row of the tile, at z + row * stride, padded with `padding`.
 template <class V>
-inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename V::T padding, typename V::T* z, int64_t stride) {
+inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename V::T padding, typename V::T* z,
+                      int64_t stride) {
   using A = typename V::T;
   with_storage(tile.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;

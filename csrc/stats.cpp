@@ -20,8 +20,8 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   Sweep sweep;
   sweep.pass.classes = classes;
   sweep.pass.transform = transform;
-  sweep.pass.want = (out.entropy ? kWantEntropy : 0) | (out.sum_sq_prob ? kWantSumSq : 0) | (out.mean_logit ? kWantWeighted : 0) |
-                    (out.argmax ? kWantArgmax : 0);
+  sweep.pass.want = (out.entropy ? kWantEntropy : 0) | (out.sum_sq_prob ? kWantSumSq : 0) |
+                    (out.mean_logit ? kWantWeighted : 0) | (out.argmax ? kWantArgmax : 0);
   sweep.logits = logits;
   sweep.targets = targets;
   sweep.want_rank = out.rank != nullptr;
@@ -47,8 +47,8 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   sweep.run();
 }
 
-void stats_gradient(const Tensor& logits, const double* saved, const double* coefficients, const Targets& targets, const double* g,
-                    const Transform& transform, const Tensor& grad) {
+void stats_gradient(const Tensor& logits, const double* saved, const double* coefficients, const Targets& targets,
+                    const double* g, const Transform& transform, const Tensor& grad) {
   Sweep sweep;
   sweep.pass.classes = logits.shape[logits.axis];
   sweep.pass.transform = transform;

@@ -213,7 +213,8 @@ void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, 
       __builtin_memset(element<A>(grad, 0, first), 0, n * sizeof(A));
       continue;
     }
-    const Staged<A> staged = stage_logits<V>(pass, logits, rows, block, scratch, /*want_derivative=*/true, /*may_alias=*/direct);
+    const Staged<A> staged =
+        stage_logits<V>(pass, logits, rows, block, scratch, /*want_derivative=*/true, /*may_alias=*/direct);
     const A* weight = pass.weight ? stage_weight<A>(pass, block, scratch) : nullptr;
     A* q = soft.data ? static_cast<A*>(scratch.soft) : nullptr;
     if (q) load_tile<V>(soft, first, n, rows, A(0), q, whole);

@@ -39,9 +39,7 @@ struct Avx512F32 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg abs(Reg a) { return _mm512_abs_ps(a); }
-  static Reg copy_sign(Reg a, Reg sign) {
-    return _mm512_or_ps(abs(a), _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
-  }
+  static Reg copy_sign(Reg a, Reg sign) { return _mm512_or_ps(abs(a), _mm512_and_ps(sign, _mm512_set1_ps(-0.0f))); }
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) {
     return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
   }
@@ -78,9 +76,7 @@ struct Avx512F64 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(w, _mm512_setzero_pd(), _CMP_NEQ_UQ), x);
   }
-  static Reg power_of_two(Reg x) {
-    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52));
-  }
+  static Reg power_of_two(Reg x) { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52)); }
 };
 
 struct Avx512Isa {

@@ -42,7 +42,8 @@ inline BF16 to_bf16(float x) {
 inline float widen(F16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13) | (magnitude > 0x7c00 ? 0x400000 : 0));
+  if (magnitude >= 0x7c00)
+    return float_of(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13) | (magnitude > 0x7c00 ? 0x400000 : 0));
   // The exponent field of a half, read as the one of a float, is 112 too small; the product is exact, subnormals included.
   return float_of(sign | float_bits(float_of(magnitude << 13) * 0x1p+112f));
 }

@@ -91,10 +91,9 @@ def reference(z: Array, target: Array, smoothing: Array) -> tuple[Array, Array]:
 
 def stored(values: Array, dtype: str) -> tuple[Array, Array]:
     """Returns values as an array of the dtype, bfloat16 as its bits in uint16, and that array in float64."""
+    array = values.astype(np.float32 if dtype == "bfloat16" else dtype)
     if dtype == "bfloat16":
-        array = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    else:
-        array = values.astype(dtype)
+        array = (array.view(np.uint32) >> 16).astype(np.uint16)
     return array, loaded(array, dtype)
 
 

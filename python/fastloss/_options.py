@@ -84,9 +84,7 @@ def loss_options(
         check_denominator_use(reduction)
         if divisor <= 0.0:
             raise ValueError(f"denominator must be positive, got {divisor}")
-    return LossOptions(
-        index("ignore_index", ignore_index), reduction_code(reduction), smoothing, z_factor, cap, heat, divisor
-    )
+    return LossOptions(index("ignore_index", ignore_index), reduction_code(reduction), smoothing, z_factor, cap, heat, divisor)
 
 
 def transform_options(temperature: object, softcap: object) -> tuple[float, float]:
@@ -163,8 +161,8 @@ def check_ids_shape(target: Shape, logits: Shape, axis: int, logits_name: str) -
     """Class ids have the shape of the rows."""
     if tuple(target) != row_shape(logits, axis):
         raise ValueError(
-            f"target of class ids must have shape {row_shape(logits, axis)} for {logits_name} of shape {tuple(logits)} with classes "
-            f"along axis {axis}, got {tuple(target)}"
+            f"target of class ids must have shape {row_shape(logits, axis)} for {logits_name} of shape {tuple(logits)} "
+            f"with classes along axis {axis}, got {tuple(target)}"
         )
 
 
@@ -172,8 +170,8 @@ def check_probabilities_shape(target: Shape, logits: Shape, logits_name: str) ->
     """Probabilities have the shape of the logits."""
     if tuple(target) != tuple(logits):
         raise ValueError(
-            f"target of floating-point probabilities must have the shape of {logits_name}, {tuple(logits)}, got {tuple(target)}; "
-            "class ids must be integers"
+            f"target of floating-point probabilities must have the shape of {logits_name}, {tuple(logits)}, "
+            f"got {tuple(target)}; class ids must be integers"
         )
 
 

@@ -42,12 +42,7 @@ def check_rows_target(logits: Tensor, target: Tensor, dim: int) -> Tensor:
 def as_class_ids(target: Tensor) -> Tensor:
     """Class ids of any integer dtype, contiguous and of 4 or 8 bytes."""
     if target.dtype not in _IDS:
-        if (
-            target.dtype == torch.bool
-            or target.dtype.is_floating_point
-            or target.dtype.is_complex
-            or target.is_quantized
-        ):
+        if target.dtype == torch.bool or target.dtype.is_floating_point or target.dtype.is_complex or target.is_quantized:
             raise TypeError(f"target must hold integer class ids or floating-point probabilities, got {_kind(target)}")
         target = target.long()
     if target.layout is not torch.strided:

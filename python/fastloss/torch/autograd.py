@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autograd: what is kept for backward, and which kernel makes which gradient.
 
-`CrossEntropy` is for eager mode and `torch.compile`; `CrossEntropyUnderTransforms` is the form that `torch.func` asks for, which
-costs more on every call. Gradients that are themselves differentiated are made by a Function of their own: its forward is the
+`CrossEntropy` is for eager mode and `torch.compile`; `CrossEntropyUnderTransforms` is the form that `torch.func` asks for,
+which costs more on every call. Gradients that are themselves differentiated are made by a Function of their own: its forward is the
 kernel, its backward the plain formula.
 """
 
@@ -25,7 +25,7 @@ class CrossEntropy(Function):
     """The loss; keeps three numbers a row."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         target: Tensor,
@@ -52,7 +52,7 @@ class CrossEntropy(Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         """Runs the gradient pass."""
         logits, target, weight, bias, saved, *scale = ctx.saved_tensors
         needs_logits, needs_target = ctx.needs_input_grad[:2]
@@ -84,7 +84,7 @@ class CrossEntropyUnderTransforms(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
@@ -108,7 +108,7 @@ class CrossEntropyUnderTransforms(Function):
         ctx.options = inputs[4]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         """Runs the gradient pass."""
         needs_logits, needs_target = ctx.needs_input_grad[:2]
         return _gradients((upstream, *ctx.saved_tensors), ctx.options, needs_logits, needs_target)
@@ -132,7 +132,7 @@ class CrossEntropyGradient(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         upstream: Tensor,
         logits: Tensor,
         target: Tensor,
@@ -153,7 +153,7 @@ class CrossEntropyGradient(Function):
         ctx.save_for_backward(upstream, logits, target, weight, bias, scale)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
         """The plain formula: correct, and slower."""
         upstream, logits, target, weight, bias, scale = ctx.saved_tensors
         options = ctx.options
@@ -178,7 +178,7 @@ class Statistics(Function):
     """The eight statistics, empty where not wanted, and `saved`; in eager mode and `torch.compile`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         target: Tensor | None,
@@ -195,7 +195,7 @@ class Statistics(Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:
         """Runs the gradient pass."""
         arguments = (*ctx.saved_tensors, *ctx.constants, *upstreams[:6])
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -211,7 +211,7 @@ class StatisticsUnderTransforms(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         logits: Tensor,
         target: Tensor | None,
         bias: Tensor | None,
@@ -230,7 +230,7 @@ class StatisticsUnderTransforms(Function):
         ctx.constants = inputs[3:]
 
     @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *upstreams: Tensor) -> Any:
         """Runs the gradient pass."""
         grad = StatisticsGradient.apply(*ctx.saved_tensors, *ctx.constants, *upstreams[:6])
         return grad, None, None, None, None, None, None
@@ -297,9 +297,10 @@ class StatisticsGradient(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> Tensor:  # type: ignore[override]
+    def forward(*arguments: Any) -> Tensor:
         """Runs the kernel."""
-        return _statistics_gradient(*arguments)
+        grad: Tensor = _statistics_gradient(*arguments)
+        return grad
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -310,13 +311,14 @@ class StatisticsGradient(Function):
         ctx.save_for_backward(logits, target, bias, *inputs[12:])
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
         """The plain formula: correct, and slower."""
         logits, target, bias, *upstreams = ctx.saved_tensors
+        dim, softcap, temperature = ctx.transform
         wanted = tuple(u for u, w in zip(upstreams, ctx.want, strict=False) if w)
 
         def stats(logits: Tensor) -> tuple[Tensor, ...]:
-            return plain.statistics(logits, target, bias, *ctx.transform, list(ctx.want[:6]))
+            return plain.statistics(logits, target, bias, dim, softcap, temperature, list(ctx.want[:6]))
 
         by_wanted, by_inputs = plain.vjp_of_vjp(stats, (logits,), wanted, (cotangent,))
         found = iter(by_wanted)

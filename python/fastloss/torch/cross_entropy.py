@@ -85,7 +85,8 @@ def cross_entropy(
         1.6672 (2, 3)
 
     Source:
-        Label smoothing: Szegedy et al., "Rethinking the Inception Architecture" (2016). z-loss: Chowdhery et al., "PaLM" (2022).
+        Label smoothing: Szegedy et al., "Rethinking the Inception Architecture" (2016).
+        z-loss: Chowdhery et al., "PaLM" (2022).
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
@@ -100,9 +101,7 @@ def cross_entropy(
     if isinstance(denominator, Tensor):
         _options.check_denominator_use(reduction)
         if denominator.ndim != 0:
-            raise ValueError(
-                f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}"
-            )
+            raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
         divisor, denominator, reduction = denominator, None, "sum"
     checked = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
     options = Options(
@@ -200,5 +199,6 @@ class CrossEntropyLoss(torch.nn.Module):
         return cross_entropy(input, target, denominator=denominator, **options)
 
     def extra_repr(self) -> str:
-        """The options that differ from the defaults of PyTorch are worth seeing."""
-        return f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, z_loss={self.z_loss}, inplace={self.inplace}"
+        """Shows the options that are numbers and words."""
+        shown = ("reduction", "label_smoothing", "z_loss", "softcap", "temperature", "inplace")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)

@@ -10,6 +10,7 @@ Statistics of rows (`saved`, coefficients) have the shape of the logits without 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,15 +51,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _describe(tensor: Tensor, dim: int) -> _cpu.TensorArgs:
+def _describe(tensor: Tensor, dim: int) -> _cpu.Tensor:
     return tensor.data_ptr(), CODES[tensor.dtype], tensor.shape, tensor.stride(), dim
 
 
-def _ids(target: Tensor | None) -> _cpu.TargetArgs | None:
+def _ids(target: Tensor | None) -> _cpu.Targets | None:
     return None if target is None else (target.data_ptr(), target.element_size())
 
 
-def _targets(target: Tensor, dim: int) -> tuple[_cpu.TargetArgs | None, _cpu.TensorArgs | None]:
+def _targets(target: Tensor, dim: int) -> tuple[_cpu.Targets | None, _cpu.Tensor | None]:
     if target.dtype in CODES:
         return None, _describe(target, dim)
     return _ids(target), None
@@ -188,7 +189,7 @@ def statistics(
         _ids(target),
         k,
         (temperature, softcap, _address(bias)),
-        [out.data_ptr() if wanted else 0 for out, wanted in zip(outputs, want, strict=False)],
+        tuple(out.data_ptr() if wanted else 0 for out, wanted in zip(outputs, want, strict=False)),
         outputs[-1].data_ptr(),
     )
     return outputs
@@ -251,11 +252,12 @@ _LIBRARY.define(
 _LIBRARY.define(f"cross_entropy_backward({_ROWS}) -> Tensor")
 _LIBRARY.define(f"soft_target_gradient({_ROWS}) -> Tensor")
 _LIBRARY.define(
-    "statistics(Tensor logits, Tensor? target, Tensor? bias, int dim, float softcap, float temperature, bool[] want) -> Tensor[]"
+    "statistics(Tensor logits, Tensor? target, Tensor? bias, int dim, float softcap, float temperature, bool[] want)"
+    " -> Tensor[]"
 )
 _LIBRARY.define(
-    "gradient(Tensor logits, Tensor saved, Tensor coefficients, Tensor? target, Tensor? target_coefficients, Tensor? bias, int dim,"
-    " float softcap, float temperature) -> Tensor"
+    "gradient(Tensor logits, Tensor saved, Tensor coefficients, Tensor? target, Tensor? target_coefficients, Tensor? bias,"
+    " int dim, float softcap, float temperature) -> Tensor"
 )
 
 
@@ -276,26 +278,22 @@ def _cross_entropy_fake(
     return loss, logits.new_empty((*rows, 3), dtype=torch.float64), logits.new_empty((), dtype=torch.float64)
 
 
-def _backward_op(*args: Any) -> Tensor:
-    return cross_entropy_backward(*args[:5], args[5].contiguous(), args[6].item(), Options(*args[7:]))
+def _row_gradient_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def op(*args: Any) -> Tensor:
+        saved, scale, *options = args[5:]
+        return function(*args[:5], saved.contiguous(), scale.item(), Options(*options))
 
-
-def _soft_target_op(*args: Any) -> Tensor:
-    return soft_target_gradient(*args[:5], args[5].contiguous(), args[6].item(), Options(*args[7:]))
+    return op
 
 
 _LIBRARY.impl("cross_entropy", _cross_entropy_op, "CPU")
-_LIBRARY.impl("cross_entropy_backward", _backward_op, "CPU")
-_LIBRARY.impl("soft_target_gradient", _soft_target_op, "CPU")
+_LIBRARY.impl("cross_entropy_backward", _row_gradient_op(cross_entropy_backward), "CPU")
+_LIBRARY.impl("soft_target_gradient", _row_gradient_op(soft_target_gradient), "CPU")
 _LIBRARY.impl("statistics", statistics, "CPU")
 _LIBRARY.impl("gradient", gradient, "CPU")
 torch.library.register_fake("fastloss::cross_entropy", _cross_entropy_fake)
-torch.library.register_fake(
-    "fastloss::cross_entropy_backward", lambda upstream, logits, *rest: torch.empty_like(logits)
-)
-torch.library.register_fake(
-    "fastloss::soft_target_gradient", lambda upstream, logits, target, *rest: torch.empty_like(target)
-)
+torch.library.register_fake("fastloss::cross_entropy_backward", lambda upstream, logits, *rest: torch.empty_like(logits))
+torch.library.register_fake("fastloss::soft_target_gradient", lambda upstream, logits, target, *rest: torch.empty_like(target))
 torch.library.register_fake(
     "fastloss::statistics",
     lambda logits, target, bias, dim, softcap, temperature, want: _stats_outputs(logits, target, dim, want),
@@ -336,9 +334,7 @@ def _cross_entropy_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return (loss, saved, scale), (0, 0, 0)
 
 
-def _counted(
-    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, denominator: float | None
-) -> Tensor:
+def _counted(loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, denominator: float | None) -> Tensor:
     """The denominator of the mean of each sample."""
     if denominator is not None:
         return torch.full_like(loss, denominator)
@@ -389,9 +385,7 @@ def _statistics_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     outputs = torch.ops.fastloss.statistics(logits, target, args[2], args[3] + 1, *args[4:])
     unwanted = [torch.empty((info.batch_size, 0), dtype=out.dtype) for out in outputs]
     wanted = [*args[6], True]
-    return [out if want else none for out, none, want in zip(outputs, unwanted, wanted, strict=True)], [0] * len(
-        outputs
-    )
+    return [out if want else none for out, none, want in zip(outputs, unwanted, wanted, strict=True)], [0] * len(outputs)
 
 
 def _gradient_vmap(info: Any, in_dims: Any, *args: Any) -> Any:

@@ -75,9 +75,9 @@ def vjp_of_vjp(
     """Gradients, by `upstream` and by `inputs`, of the inner product of `cotangents` with the gradient of `function`."""
 
     def gradients(upstream: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        _, pull_back = torch.func.vjp(function, *inputs)
+        pull_back = torch.func.vjp(function, *inputs)[1]
         return tuple(g for g, cotangent in zip(pull_back(upstream), cotangents, strict=True) if cotangent is not None)
 
-    _, pull_back = torch.func.vjp(gradients, upstream, *inputs)
+    pull_back = torch.func.vjp(gradients, upstream, *inputs)[1]
     by_upstream, *by_inputs = pull_back(tuple(c for c in cotangents if c is not None))
     return by_upstream, tuple(by_inputs)

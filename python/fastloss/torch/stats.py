@@ -70,9 +70,11 @@ def logit_stats(
     if ops.eager(logits, ids, bias) and not (torch.is_grad_enabled() and logits.requires_grad):
         outputs = ops.statistics(logits, ids, bias, class_dim, cap, heat, list(wanted))
     else:
-        ordinary = torch.compiler.is_compiling() or ops.eager(logits, ids, bias)
-        function = Statistics if ordinary else StatisticsUnderTransforms
-        outputs = function.apply(logits, ids, bias, class_dim, cap, heat, wanted)
+        arguments = (logits, ids, bias, class_dim, cap, heat, wanted)
+        if torch.compiler.is_compiling() or ops.eager(logits, ids, bias):
+            outputs = Statistics.apply(*arguments)
+        else:
+            outputs = StatisticsUnderTransforms.apply(*arguments)
     return LogitStats(**{name: out for name, out in zip(STATISTICS, outputs, strict=False) if name in names})
 
 

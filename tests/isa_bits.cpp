@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every compiled instruction set against the scalar reference, bit for bit: statistics, gradients, every dtype, lengths around
+// the lane count, strided tiles, transforms, -inf and NaN. Runs without Python, so also under an emulator.
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <random>
+#include <vector>
+
+#include "kernels.hpp"
+#include "simd/scalar.hpp"
+
+using namespace fastloss;
+
+namespace {
+
+struct Buffers {
+  std::vector<double> memory = std::vector<double>(4 * kTileElements);
+  Scratch scratch{&memory[0], &memory[kTileElements], &memory[2 * kTileElements], &memory[3 * kTileElements]};
+};
+
+template <class T>
+std::vector<char> bytes_of(const std::vector<T>& values) {
+  std::vector<char> out(values.size() * sizeof(T));
+  memcpy(out.data(), values.data(), out.size());
+  return out;
+}
+
+std::vector<char> stored(const std::vector<double>& x, Dtype dtype) {
+  std::vector<float> f32(x.begin(), x.end());
+  std::vector<F16> f16;
+  std::vector<BF16> bf16;
+  for (const double v : x) {
+    f16.push_back(to_f16(static_cast<float>(v)));
+    bf16.push_back(to_bf16(static_cast<float>(v)));
+  }
+  if (dtype == kF64) return bytes_of(x);
+  if (dtype == kF16) return bytes_of(f16);
+  return dtype == kBF16 ? bytes_of(bf16) : bytes_of(f32);
+}
+
+struct Case {
+  Dtype dtype;
+  int64_t classes;
+  int rows;  // more than one: the rows, not the classes, lie side by side
+  double softcap, temperature;
+  bool bias, weight;
+  int kind;  // 0 random, 1 confident, 2 offset, 3 with -inf, 4 with NaN
+};
+
+struct Outcome {
+  std::vector<double> z;
+  std::vector<Partial> partials;
+  std::vector<RowStats> stats;
+  std::vector<int64_t> ranks;
+  std::vector<char> gradient, soft_gradient;
+};
+
+bool same(const void* a, const void* b, size_t bytes) { return memcmp(a, b, bytes) == 0; }
+
+// Doubles are equal when their bits are, or when both are NaN.
+bool same_doubles(const void* a, const void* b, size_t bytes) {
+  for (size_t i = 0; i < bytes / 8; ++i) {
+    double x, y;
+    memcpy(&x, static_cast<const char*>(a) + 8 * i, 8);
+    memcpy(&y, static_cast<const char*>(b) + 8 * i, 8);
+    if (!same(&x, &y, 8) && !(isnan(x) && isnan(y))) return false;
+  }
+  return true;
+}
+
+double value(const std::vector<char>& data, Dtype dtype, size_t i) {
+  if (dtype == kF64) return reinterpret_cast<const double*>(data.data())[i];
+  if (dtype == kF16) return widen(reinterpret_cast<const F16*>(data.data())[i]);
+  if (dtype == kBF16) return widen(reinterpret_cast<const BF16*>(data.data())[i]);
+  return reinterpret_cast<const float*>(data.data())[i];
+}
+
+bool same_numbers(const std::vector<char>& a, const std::vector<char>& b, Dtype dtype) {
+  const size_t size = dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2;
+  for (size_t i = 0; i < a.size() / size; ++i) {
+    if (same(&a[i * size], &b[i * size], size)) continue;
+    if (!isnan(value(a, dtype, i)) || !isnan(value(b, dtype, i))) return false;
+  }
+  return true;
+}
+
+Outcome run(const Kernels& kernels, const Case& c) {
+  std::mt19937_64 random(c.classes * 31 + c.rows * 7 + c.kind);
+  std::normal_distribution<double> normal;
+  const size_t size = static_cast<size_t>(c.classes) * c.rows;
+  std::vector<double> x(size), q(size), bias(c.classes), weight(c.classes);
+  for (double& v : x) v = 3 * normal(random) + (c.kind == 2 ? 1e4 : 0);
+  for (double& v : q) v = fabs(normal(random)) / static_cast<double>(c.classes);
+  for (double& v : bias) v = normal(random);
+  for (double& v : weight) v = fabs(normal(random));
+  if (c.kind == 1) x[size / 2] += 40;
+  if (c.kind == 3) {
+    for (size_t i = 0; i < size; i += 3) x[i] = -INFINITY;
+  }
+  if (c.kind == 4) x[size - 1] = NAN;
+  const bool wide = c.dtype == kF64;
+  std::vector<char> logits = stored(x, c.dtype), soft = stored(q, c.dtype);
+  const std::vector<char> bias_bytes = stored(bias, wide ? kF64 : kF32), weight_bytes = stored(weight, wide ? kF64 : kF32);
+
+  Pass pass;
+  pass.classes = c.classes;
+  pass.transform = {1 / c.temperature, c.softcap, c.bias ? bias_bytes.data() : nullptr};
+  pass.weight = c.weight ? weight_bytes.data() : nullptr;
+  pass.want = kWantEntropy | kWantSumSq | kWantWeighted | kWantArgmax;
+  const auto tile = [&](std::vector<char>& data) {
+    return c.rows > 1 ? Tile{data.data(), c.dtype, 1, c.rows} : Tile{data.data(), c.dtype, c.classes, 1};
+  };
+  const int64_t blocks = (c.classes + kBlock - 1) / kBlock;
+  std::vector<int64_t> id;
+  for (int r = 0; r < c.rows; ++r) {
+    id.push_back(r * 17 % c.classes);
+    id.push_back(c.classes - 1);
+  }
+  const TargetIds ids{2, id.data()};
+
+  const RowKernels& k = wide ? kernels.f64 : kernels.f32;
+  Buffers buffers;
+  Outcome out;
+  out.z.resize(id.size());
+  out.partials.resize(c.rows * blocks);
+  out.ranks.resize(c.rows * blocks * 2);
+  out.stats.resize(c.rows);
+  k.gather(pass, tile(logits), c.rows, ids, out.z.data());
+  k.scan(pass, tile(logits), tile(soft), c.rows, 0, blocks, out.partials.data(), ids, out.z.data(), out.ranks.data(),
+         buffers.scratch);
+  k.finish(pass, tile(logits), c.rows, out.partials.data(), out.stats.data(), buffers.scratch);
+  std::vector<GradientRow> coefficients(c.rows);
+  std::vector<double> g(id.size(), 0.25), corrected(id.size()), scale(c.rows, 0.75);
+  for (int r = 0; r < c.rows; ++r) {
+    coefficients[r] = {out.stats[r].max, out.stats[r].rest, 0.5, 0.125, 0.375, -0.01, -0.75, false};
+    if (c.kind == 0) coefficients[r] = {out.stats[r].max, out.stats[r].rest, 0.5, 0, 0, 0, 0, false};
+  }
+  out.soft_gradient.resize(logits.size());
+  k.soft_gradient(pass, tile(logits), c.rows, 0, blocks, out.stats.data(), scale.data(), tile(out.soft_gradient),
+                  buffers.scratch);
+  out.gradient = logits;  // in place
+  k.gradient(pass, tile(out.gradient), c.kind == 0 ? Tile{} : tile(soft), c.rows, 0, blocks, coefficients.data(), ids, g.data(),
+             corrected.data(), tile(out.gradient), buffers.scratch);
+  return out;
+}
+
+const char* difference(const Outcome& a, const Outcome& b, Dtype dtype) {
+  if (!same_doubles(a.z.data(), b.z.data(), a.z.size() * sizeof(double))) return "target logits";
+  if (!same_doubles(a.partials.data(), b.partials.data(), a.partials.size() * sizeof(Partial))) return "partials";
+  if (!same_doubles(a.stats.data(), b.stats.data(), a.stats.size() * sizeof(RowStats))) return "statistics";
+  if (a.ranks != b.ranks) return "ranks";
+  if (!same_numbers(a.gradient, b.gradient, dtype)) return "gradient";
+  if (!same_numbers(a.soft_gradient, b.soft_gradient, dtype)) return "gradient by the soft targets";
+  return nullptr;
+}
+
+}  // namespace
+
+int main() {
+  std::vector<const Kernels*> others;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#if defined(FASTLOSS_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) others.push_back(&kernels_avx2);
+#endif
+#if defined(FASTLOSS_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) others.push_back(&kernels_avx512);
+#endif
+#endif
+#if defined(FASTLOSS_HAVE_NEON)
+  others.push_back(&kernels_neon);
+#endif
+  if (others.empty()) {
+    printf("nothing to compare with scalar on this machine\n");
+    return 1;
+  }
+  int passed = 0, failed = 0;
+  for (const Kernels* kernels : others) {
+    for (const Dtype dtype : {kF32, kF64, kF16, kBF16}) {
+      for (const int64_t classes : {1, 2, 15, 16, 17, 63, 64, 65, 521, 4095, 4096, 4097, 9001}) {
+        for (int kind = 0; kind < 5; ++kind) {
+          for (const bool transformed : {false, true}) {
+            for (const int rows : {1, 5}) {
+              if (rows > 1 && classes > 521) continue;
+              const Case c{dtype,       classes,     rows, transformed ? 30.0 : 0.0, transformed ? 0.7 : 1.0,
+                           transformed, transformed, kind};
+              const char* what = difference(run(kernels_scalar, c), run(*kernels, c), dtype);
+              if (!what) {
+                ++passed;
+                continue;
+              }
+              ++failed;
+              printf("%s: %s differ: dtype %d, %d classes, %d rows, kind %d%s\n", kernels->name, what, dtype,
+                     static_cast<int>(classes), rows, kind, transformed ? ", transformed" : "");
+            }
+          }
+        }
+      }
+    }
+  }
+  printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
