@@ -2,8 +2,8 @@
 """Autograd: what is kept for backward, and which kernel makes which gradient.
 
 `CrossEntropy` is for eager mode and `torch.compile`; `CrossEntropyUnderTransforms` is the form that `torch.func` asks for,
-which costs more on every call. Gradients that are themselves differentiated are made by a Function of their own: its forward is the
-kernel, its backward the plain formula.
+which costs more on every call. Gradients that are themselves differentiated are made by a Function of their own: its forward
+is the kernel, its backward the plain formula.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CrossEntropy(Function):
         inplace: bool,
     ) -> Tensor:
         """Runs the statistics pass."""
-        if ops.eager(logits, target, weight, bias):
+        if not torch.compiler.is_compiling():
             loss, saved, scale = ops.cross_entropy(logits, target, weight, bias, options, reduction, denominator, True)
             ctx.scale = scale
             ctx.save_for_backward(logits, target, weight, bias, saved)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -103,13 +104,12 @@ def cross_entropy(
         if denominator.ndim != 0:
             raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
         divisor, denominator, reduction = denominator, None, "sum"
-    checked = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
-    options = Options(
-        class_dim, checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature
-    )
-    arguments = (input, target, weight, logit_bias, options, checked.reduction, checked.denominator)
+    choices = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
+    compiling = torch.compiler.is_compiling()
+    options = _check_options(*choices) if compiling else _remembered_options(*choices)
+    arguments = (input, target, weight, logit_bias, *options)
 
-    if torch.compiler.is_compiling():
+    if compiling:
         loss: Tensor = CrossEntropy.apply(*arguments, False)
     elif not ops.eager(input, target, weight, logit_bias):
         loss = CrossEntropyUnderTransforms.apply(*arguments)[0]
@@ -120,6 +120,32 @@ def cross_entropy(
     else:
         loss = ops.cross_entropy(*arguments, False)[0]
     return loss if divisor is None else loss / divisor.to(loss.dtype)
+
+
+def _check_options(
+    dim: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    temperature: float,
+    reduction: str,
+    denominator: float | None,
+) -> tuple[Options, int, float | None]:
+    checked = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
+    options = Options(dim, checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
+    return options, checked.reduction, checked.denominator
+
+
+# A training loop passes the same few options on every call: looking them up costs less than checking them.
+_look_up_options = functools.lru_cache(maxsize=256, typed=True)(_check_options)
+
+
+def _remembered_options(*choices: Any) -> tuple[Options, int, float | None]:
+    try:
+        return _look_up_options(*choices)
+    except TypeError:  # something that cannot be hashed, perhaps: the check itself names the argument
+        return _check_options(*choices)
 
 
 def _check_inplace(input: Tensor) -> None:
