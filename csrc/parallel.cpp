@@ -123,7 +123,9 @@ int get_num_threads() {
   if (const int requested = requested_threads) return requested;
   static const int environment = environment_threads();
   if (environment > 0) return environment;
-  if (const TorchGetNumThreads count = torch_threads) return count();
+  uint32_t torch_count = 0;
+  const TorchGetNumThreads count = torch_threads;
+  if (count && count(&torch_count) == 0 && torch_count > 0) return static_cast<int>(torch_count);
   static const int cpus = available_cpus();
   return cpus;
 }
@@ -140,11 +142,10 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
   Loop loop{task, count};
   const int workers = static_cast<int>(std::min<int64_t>(threads, count));
   if (workers > 1) {
-    if (const TorchParallelFor torch = torch_parallel) {
-      torch(0, workers, 1, [](int64_t, int64_t, void* context) { static_cast<Loop*>(context)->work(); }, &loop);
-      return;
-    }
-    if (pool().run(loop, workers - 1)) return;
+    const auto body = [](int64_t, int64_t, void* context) { static_cast<Loop*>(context)->work(); };
+    const TorchParallelFor torch = torch_parallel;
+    const bool done = torch ? torch(0, workers, 1, body, &loop) == 0 : pool().run(loop, workers - 1);
+    if (done) return;
   }
   loop.work();
 }

@@ -19,10 +19,10 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
 int get_num_threads();
 void set_num_threads(int threads);
 
-// PyTorch's C entry points torch_parallel_for and torch_get_num_threads, by address.
-using TorchParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
-                                  void* context);
-using TorchGetNumThreads = int (*)();
+// PyTorch's C entry points torch_parallel_for and torch_get_num_threads, by address. Both return 0 for success.
+using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                                     void* context);
+using TorchGetNumThreads = int32_t (*)(uint32_t* threads);
 void use_torch_pool(TorchParallelFor parallel, TorchGetNumThreads count);
 
 }  // namespace fastloss

@@ -1,0 +1,1 @@
+"""Benchmarks of fastloss against its peers: `python -m benchmarks --help`."""

@@ -1,0 +1,20 @@
+"""fastloss through PyTorch's autograd."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastloss.torch import cross_entropy
+
+from ..jobs import TorchGradient, TorchGradientInPlace, TorchLoss
+from . import Peer
+from .fastloss_numpy import BOUNDS
+
+
+def peers() -> list[Peer]:
+    in_place = partial(cross_entropy, inplace=True)
+    jobs = {"loss": partial(TorchLoss, cross_entropy), "gradient": partial(TorchGradient, cross_entropy)}
+    return [
+        Peer("fastloss", jobs, BOUNDS, order=10),
+        Peer("fastloss in place", {"gradient in place": partial(TorchGradientInPlace, in_place)}, BOUNDS, order=11),
+    ]

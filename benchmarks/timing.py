@@ -1,0 +1,96 @@
+"""Interleaved timing: every round runs every job once, so that drift of the machine meets all peers alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .jobs import Job
+
+# Before each run: idle OpenMP threads spin for milliseconds, on the cores that a peer with threads of its own needs.
+PAUSE = 5e-3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: median and quartiles over the rounds."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1)
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, low, high, len(seconds))
+
+
+def interleave(jobs: Mapping[str, Job], rounds: int, slow: frozenset[str] = frozenset()) -> dict[str, Timing]:
+    """Times jobs that have run before. The order turns by one each round; slow jobs stop after three rounds."""
+    names = list(jobs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def once(name: str) -> float:
+        job = jobs[name]
+        job.prepare()
+        time.sleep(PAUSE)
+        start = time.perf_counter()
+        job.run()
+        elapsed = time.perf_counter() - start
+        job.release()
+        return elapsed
+
+    _run_rounds(names, rounds, slow, once, seconds)
+    return {name: Timing.of(seconds[name]) for name in names}
+
+
+def interleave_repeated(jobs: Mapping[str, Job], rounds: int, sample_seconds: float = 3e-3) -> dict[str, Timing]:
+    """The same for jobs of microseconds: each sample is the mean of as many calls as fill `sample_seconds`.
+
+    `release` stands inside the timer here, for every peer alike.
+    """
+    calls = {name: _calls_to_fill(job, sample_seconds) for name, job in jobs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+
+    def once(name: str) -> float:
+        return _repeat(jobs[name], calls[name]) / calls[name]
+
+    _run_rounds(list(jobs), rounds, frozenset(), once, seconds)
+    return {name: Timing.of(seconds[name]) for name in jobs}
+
+
+def _run_rounds(
+    names: list[str], rounds: int, slow: frozenset[str], once: Callable[[str], float], seconds: dict[str, list[float]]
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                if turn < 3 or name not in slow:
+                    seconds[name].append(once(name))
+    finally:
+        gc.enable()
+
+
+def _calls_to_fill(job: Job, seconds: float) -> int:
+    calls = 1
+    while (elapsed := _repeat(job, calls)) < seconds:
+        calls = max(2 * calls, min(int(calls * seconds / max(elapsed, 1e-9)) + 1, 10 * calls))
+    return calls
+
+
+def _repeat(job: Job, calls: int) -> float:
+    run, release = job.run, job.release
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+        release()
+    return time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""The pieces of `train_lm.py`: text, model, losses, one training run, report."""
