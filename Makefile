@@ -91,7 +91,7 @@ asan: $(STAMP)/test  ## run the tests under AddressSanitizer and UndefinedBehavi
 	CXX=$(ASAN_CXX) $(PIP) --no-build-isolation --no-deps --upgrade --target $(BUILD)/asan/site \
 	  --config-settings=build-dir=$(BUILD)/asan/objects --config-settings=cmake.define.FASTLOSS_SANITIZE=ON \
 	  --config-settings=install.strip=false .
-	PYTHONPATH=$(BUILD)/asan/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(BUILD)/asan/site ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(ASAN_CXX) -print-file-name=libasan.so) $$($(ASAN_CXX) -print-file-name=libstdc++.so.6)" \
 	  $(PY) -m pytest -s tests $(PYTEST_ARGS)
 

@@ -149,5 +149,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release release;
     stream_update(pointer(data), bytes);
   });
-  kernels();  // FASTLOSS_ISA is read here: a wrong name fails the import
+  // FASTLOSS_ISA and FASTLOSS_NUM_THREADS are read here: a wrong value fails the import.
+  kernels();
+  get_num_threads();
 }

@@ -143,8 +143,8 @@ inline double cross_entropy_of_id(const CrossEntropyOptions& o, int64_t classes,
                                   double target_weight, SavedRow* saved) {
   const double l = log1p_nonnegative(s.rest);
   const double L = s.max + l;
-  double loss = target_weight * (1.0 - o.label_smoothing) * (l - (target_z - s.max));
   double mass = target_weight * (1.0 - o.label_smoothing);
+  double loss = mass == 0.0 ? 0.0 * l : mass * (l - (target_z - s.max));  // no weight: nothing, even of a target at -inf
   if (o.label_smoothing != 0.0) {
     const double share = o.label_smoothing / static_cast<double>(classes);
     loss += share * (s.weight * l - s.weighted);

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 #if defined(__linux__)
@@ -112,9 +114,16 @@ int available_cpus() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
+// 0 where the variable is not set.
 int environment_threads() {
   const char* text = getenv("FASTLOSS_NUM_THREADS");
-  return text ? std::clamp(atoi(text), 0, kMaxThreads) : 0;
+  if (text == nullptr || *text == 0) return 0;
+  char* end = nullptr;
+  const long threads = strtol(text, &end, 10);
+  if (*end != 0 || threads < 1) {
+    throw std::invalid_argument("FASTLOSS_NUM_THREADS = '" + std::string(text) + "' is not a number of threads: expected 1 or more");
+  }
+  return static_cast<int>(std::min<long>(threads, kMaxThreads));
 }
 
 }  // namespace

@@ -163,7 +163,7 @@ inline bool occurs_before(const int64_t* id, int i) {
   return false;
 }
 
-// The value at a target, in double and rounded once: p - 1 of a confident row would cancel, so 1 - p is made from `rest`.
+// The value at a target, in double and rounded once: p - 1 of a confident row would cancel, so there 1 - p is made from `rest`.
 template <class A>
 inline double gradient_at_target(const Pass& pass, const Tile& logits, int r, const GradientRow& c, const int64_t* id,
                                  const double* g, int k, int i) {
@@ -172,13 +172,14 @@ inline double gradient_at_target(const Pass& pass, const Tile& logits, int r, co
   const double clamped = clamp_exponent<ScalarF64>(static_cast<double>(logit.z) - finite_reference(c.max));
   const double e = exp_clamped<ScalarF64>(clamped);
   const double p = e / (1.0 + c.rest);
-  const double one_minus_p = (c.rest + (1.0 - e)) / (1.0 + c.rest);
   const double w = pass.weight ? static_cast<const A*>(pass.weight)[column] : 1.0;
   double one_hot = 0.0;
   for (int j = i; j < k; ++j) {
     if (id[j] == column) one_hot += g[j];
   }
-  const double z_gradient = (c.a - one_hot) - c.a * one_minus_p + p * (c.b * clamped + c.c * p) + w * c.d;
+  const double one_minus_p = (c.rest + (1.0 - e)) / (1.0 + c.rest);
+  const double hit = p > 0.5 ? (c.a - one_hot) - c.a * one_minus_p : c.a * p - one_hot;
+  const double z_gradient = hit + p * (c.b * clamped + c.c * p) + w * c.d;
   return z_gradient * static_cast<double>(logit.derivative);
 }
 

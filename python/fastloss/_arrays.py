@@ -60,7 +60,7 @@ def class_ids(array: Array) -> Array:
     if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and array.max() > np.iinfo(np.int64).max:
         raise IndexError(f"target holds {array.max()}, which is out of range for any number of classes")
     dtype = np.int32 if array.dtype.kind == "i" and array.dtype.itemsize == 4 else np.int64
-    return np.ascontiguousarray(array, dtype=dtype)
+    return np.asarray(array, dtype=dtype, order="C")
 
 
 def fresh(like: Array) -> Array:

@@ -120,7 +120,7 @@ def number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     converted = float(value)
-    if not math.isfinite(converted):
+    if not -math.inf < converted < math.inf:
         raise ValueError(f"{name} must be finite, got {converted}")
     return converted
 
@@ -195,10 +195,12 @@ def ids_per_row(target: Shape, logits: Shape, axis: int, name: str, logits_name:
 
 
 def wanted_statistics(want: object, has_target: bool) -> tuple[str, ...]:
-    """Returns the names of the wanted statistics."""
-    if isinstance(want, str) or not isinstance(want, Iterable):
-        raise TypeError(f"want must be a sequence of names, got {want!r}")
-    names = tuple(want)
+    """Returns the names of the wanted statistics; by default logsumexp and entropy, and logprob with a target."""
+    if want is None:
+        return ("logprob", "logsumexp", "entropy") if has_target else ("logsumexp", "entropy")
+    if not isinstance(want, Iterable):
+        raise TypeError(f"want must be names of statistics, got {type(want).__name__}")
+    names = (want,) if isinstance(want, str) else tuple(want)
     for name in names:
         if name not in STATISTICS:
             raise ValueError(f"want must name statistics out of {', '.join(STATISTICS)}; got {name!r}")

@@ -14,10 +14,10 @@ _IDS = (torch.int64, torch.int32)
 
 def check_logits(name: str, logits: Tensor) -> None:
     """A dense floating-point tensor on the CPU."""
-    if isinstance(logits, Tensor) and logits.is_cpu and logits.dtype in CODES and logits.layout is torch.strided:
-        return
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+    if logits.is_cpu and logits.dtype in CODES and logits.layout is torch.strided:
+        return
     if logits.dtype not in CODES:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {_kind(logits)}")
     if logits.layout is not torch.strided:

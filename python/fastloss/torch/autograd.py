@@ -161,7 +161,8 @@ class CrossEntropyGradient(Function):
 
         def losses(logits: Tensor, *soft_target: Tensor) -> Tensor:
             rows = plain.row_losses(logits, soft_target[0] if soft else target, weight, bias, options)
-            return rows * scale.to(rows.dtype)
+            scaled: Tensor = rows * scale.to(rows.dtype)
+            return scaled
 
         def upstream_of_rows(upstream: Tensor) -> Tensor:
             return upstream.expand(row_shape(logits.shape, options.dim))

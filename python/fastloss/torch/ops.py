@@ -43,7 +43,7 @@ def eager(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors that nobody traces or transforms, so that the kernels may be called at once."""
     if torch.compiler.is_compiling() or _functorch_active() or _dispatch_modes():
         return False
-    return all(t is None or type(t) in _TENSORS for t in tensors)
+    return all(t is None or (type(t) in _TENSORS and not t.is_neg()) for t in tensors)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,7 +125,7 @@ def cross_entropy_backward(
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     grad = logits if inplace else _fresh_gradient(logits)
     ids, soft = _targets(target, dim)
-    upstream = upstream.contiguous()
+    upstream = upstream.resolve_neg().contiguous()
     _cpu.cross_entropy_backward(
         _describe(logits, dim),
         ids,
@@ -155,7 +155,7 @@ def soft_target_gradient(
 ) -> Tensor:
     """The gradient by target probabilities."""
     out = _fresh_gradient(target)
-    upstream = upstream.contiguous()
+    upstream = upstream.resolve_neg().contiguous()
     _cpu.soft_target_gradient(
         _describe(logits, options.dim),
         _address(weight),
@@ -327,19 +327,21 @@ def _cross_entropy_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     if reduction != NONE:
         loss = loss.flatten(1).to(torch.float64).sum(1)
         if reduction == MEAN:
-            counted = _counted(loss, target, weight, ignore_index, denominator)
+            counted = _counted(loss, target, weight, ignore_index, denominator, saved[0, ..., 0].numel())
             loss = loss / counted
             scale = torch.where(counted == 0, 0, 1 / counted)
         loss = loss.to(accumulation_dtype(logits.dtype))
     return (loss, saved, scale), (0, 0, 0)
 
 
-def _counted(loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, denominator: float | None) -> Tensor:
+def _counted(
+    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, denominator: float | None, rows: int
+) -> Tensor:
     """The denominator of the mean of each sample."""
     if denominator is not None:
         return torch.full_like(loss, denominator)
     if target.dtype in CODES:
-        raise NotImplementedError("vmap over a mean of soft targets: use reduction='none' and take the mean outside")
+        return torch.full_like(loss, rows)
     counts = target != ignore_index
     weights = counts.to(torch.float64)
     if weight is not None:

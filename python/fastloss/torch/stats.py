@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def logit_stats(
     target: Tensor | None = None,
     *,
     dim: int = -1,
-    want: Sequence[str] = ("logsumexp",),
+    want: str | Iterable[str] | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
     bias: Tensor | None = None,
@@ -36,7 +36,7 @@ def logit_stats(
             row the same with K added at the end.
         dim: the class dimension.
         want: names of the statistics: ``"logprob"``, ``"logsumexp"``, ``"entropy"``, ``"mean_logit"``, ``"sum_sq_prob"``,
-            ``"max_prob"``, ``"argmax"``, ``"rank"``.
+            ``"max_prob"``, ``"argmax"``, ``"rank"``. By default logsumexp and entropy, and logprob with a target.
         softcap: bound of the logits.
         temperature: divides the logits first.
         bias: one number a class, added last, shape ``(C)``; a constant.

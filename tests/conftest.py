@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures: every instruction set that this CPU runs, numbers of threads, and random numbers with a seed per test."""
+
+import os
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import fastloss
+
+settings.register_profile(
+    "fastloss",
+    deadline=None,
+    max_examples=50,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fastloss")
+
+
+@pytest.fixture(params=fastloss.available_isas())
+def isa(request):
+    """The test runs once on each instruction set."""
+    before = fastloss.isa()
+    fastloss._cpu.set_isa(request.param)
+    yield request.param
+    fastloss._cpu.set_isa(before)
+
+
+@pytest.fixture
+def set_threads():
+    """A function that sets the number of threads; the number of before comes back after the test."""
+    before = fastloss.get_num_threads()
+    yield fastloss.set_num_threads
+    fastloss.set_num_threads(before)
+
+
+@pytest.fixture(params=(1, 2, 3, 7), ids="{} threads".format)
+def threads(request, set_threads):
+    set_threads(request.param)
+    return request.param
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers, the same at every run of a test."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between tensors and the oracle."""
+
+import torch
+
+import reference
+from helpers import bfloat16
+from reference import Options
+
+TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def array(tensor):
+    """The tensor as an array of the same dtype: bfloat16 as that of ml_dtypes."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(bfloat16)
+    return tensor.numpy()
+
+
+def wide(tensor):
+    return reference.wide(tensor.detach().to(torch.float64).numpy())
+
+
+def oracle_options(weight=None, logit_bias=None, **options):
+    """The oracle's options from the arguments of a call."""
+    names = ("ignore_index", "label_smoothing", "z_loss", "temperature", "softcap")
+    arrays = {"weight": weight, "bias": logit_bias}
+    return Options(
+        **{name: options[name] for name in names if name in options},
+        **{name: array(value) for name, value in arrays.items() if value is not None},
+    )
+
+
+def same_bits(one, other):
+    return one.dtype == other.dtype and one.shape == other.shape and array(one).tobytes() == array(other).tobytes()
+
+
+def seeded(*shape, seed=0, scale=3.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed + 1000003 * len(shape) + sum(shape))
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def seeded_ids(classes, *shape, seed=0):
+    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def seeded_probabilities(*shape, dim=1, seed=0):
+    return torch.softmax(seeded(*shape, seed=seed + 17), dim)
+
+
+def np_rows(tensor, dim):
+    return reference.as_rows(array(tensor), dim)
