@@ -63,8 +63,39 @@ inline T* element(const Tile& tile, int64_t row, int64_t column) {
   return reinterpret_cast<T*>(tile.data) + row * tile.row_step + column * tile.class_step;
 }
 
-// Classes taken together where rows, not classes, lie side by side: 16 cache lines in flight.
-constexpr int kStrip = 16;
+// Rows become columns: as many registers as a register has elements.
+template <class V>
+inline void transpose(typename V::Reg* square) {
+  constexpr int kHalf = V::kWidth / 2;
+  for (int stage = 1; stage < V::kWidth; stage *= 2) {
+    typename V::Reg zipped[V::kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalf; ++i) {
+      zipped[2 * i] = V::zip_low(square[i], square[i + kHalf]);
+      zipped[2 * i + 1] = V::zip_high(square[i], square[i + kHalf]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < V::kWidth; ++i) square[i] = zipped[i];
+  }
+}
+
+// Calls whole(row, column) for each square of V::kWidth rows and columns, and single(row, column) for each place outside them.
+template <class V, class Whole, class Single>
+inline void for_squares(int rows, int columns, bool squares, Whole whole, Single single) {
+  for (int column = 0; column < columns; column += V::kWidth) {
+    const int width = columns - column < V::kWidth ? columns - column : V::kWidth;
+    for (int row = 0; row < rows; row += V::kWidth) {
+      const int height = rows - row < V::kWidth ? rows - row : V::kWidth;
+      if (squares && width == V::kWidth && height == V::kWidth) {
+        whole(row, column);
+        continue;
+      }
+      for (int j = 0; j < width; ++j) {
+        for (int r = 0; r < height; ++r) single(row + r, column + j);
+      }
+    }
+  }
+}
 
 // Columns [first, first + n) of every row of the tile, at z + row * stride, padded with `padding`.
 template <class V>
@@ -75,20 +106,21 @@ inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename
     using T = typename decltype(tag)::Type;
     if (tile.class_step == 1) {
       for (int r = 0; r < rows; ++r) widen_run<V>(element<const T>(tile, r, first), n, z + r * stride);
-    } else if (tile.row_step == 1) {
-      A strip[kStrip][kTileRows];
-      for (int start = 0; start < n; start += kStrip) {
-        const int width = n - start < kStrip ? n - start : kStrip;
-        for (int j = 0; j < width; ++j) widen_run<V>(element<const T>(tile, 0, first + start + j), rows, strip[j]);
-        for (int r = 0; r < rows; ++r) {
-          for (int j = 0; j < width; ++j) z[r * stride + start + j] = strip[j][r];
-        }
-      }
-    } else {
-      for (int r = 0; r < rows; ++r) {
-        for (int j = 0; j < n; ++j) z[r * stride + j] = static_cast<A>(widen(*element<const T>(tile, r, first + j)));
-      }
+      return;
     }
+    const auto turn = [&](int row, int column) {
+      if constexpr (kNative<V, T>) {
+        typename V::Reg square[V::kWidth];
+#pragma GCC unroll 16
+        for (int j = 0; j < V::kWidth; ++j) square[j] = V::load(element<const T>(tile, row, first + column + j));
+        transpose<V>(square);
+#pragma GCC unroll 16
+        for (int r = 0; r < V::kWidth; ++r) V::store(z + (row + r) * stride + column, square[r]);
+      }
+    };
+    for_squares<V>(rows, n, kNative<V, T> && tile.row_step == 1, turn, [&](int row, int column) {
+      z[row * stride + column] = static_cast<A>(widen(*element<const T>(tile, row, first + column)));
+    });
   });
   for (int r = 0; r < rows; ++r) {
     for (int j = n; j < padded(n); ++j) z[r * stride + j] = padding;
@@ -97,25 +129,25 @@ inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename
 
 template <class V>
 inline void store_tile(const typename V::T* z, int64_t stride, int64_t first, int n, int rows, const Tile& tile) {
-  using A = typename V::T;
   with_storage(tile.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     if (tile.class_step == 1) {
       for (int r = 0; r < rows; ++r) narrow_run<V>(z + r * stride, n, element<T>(tile, r, first));
-    } else if (tile.row_step == 1) {
-      A strip[kStrip][kTileRows];
-      for (int start = 0; start < n; start += kStrip) {
-        const int width = n - start < kStrip ? n - start : kStrip;
-        for (int r = 0; r < rows; ++r) {
-          for (int j = 0; j < width; ++j) strip[j][r] = z[r * stride + start + j];
-        }
-        for (int j = 0; j < width; ++j) narrow_run<V>(strip[j], rows, element<T>(tile, 0, first + start + j));
-      }
-    } else {
-      for (int r = 0; r < rows; ++r) {
-        for (int j = 0; j < n; ++j) *element<T>(tile, r, first + j) = narrow<T>(z[r * stride + j]);
-      }
+      return;
     }
+    const auto turn = [&](int row, int column) {
+      if constexpr (kNative<V, T>) {
+        typename V::Reg square[V::kWidth];
+#pragma GCC unroll 16
+        for (int r = 0; r < V::kWidth; ++r) square[r] = V::load(z + (row + r) * stride + column);
+        transpose<V>(square);
+#pragma GCC unroll 16
+        for (int j = 0; j < V::kWidth; ++j) V::store(element<T>(tile, row, first + column + j), square[j]);
+      }
+    };
+    for_squares<V>(rows, n, kNative<V, T> && tile.row_step == 1, turn, [&](int row, int column) {
+      *element<T>(tile, row, first + column) = narrow<T>(z[row * stride + column]);
+    });
   });
 }
 

@@ -51,6 +51,12 @@ struct Avx2F32 {
     return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ))));
   }
   static Reg zero_where_zero(Reg x, Reg w) { return _mm256_and_ps(x, _mm256_cmp_ps(w, _mm256_setzero_ps(), _CMP_NEQ_UQ)); }
+  static Reg zip_low(Reg a, Reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+  }
+  static Reg zip_high(Reg a, Reg b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+  }
   static Reg power_of_two(Reg x) {
     const __m256i table = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kEighths));
     const __m256i bits = _mm256_castps_si256(x);
@@ -80,6 +86,12 @@ struct Avx2F64 {
     return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ))));
   }
   static Reg zero_where_zero(Reg x, Reg w) { return _mm256_and_pd(x, _mm256_cmp_pd(w, _mm256_setzero_pd(), _CMP_NEQ_UQ)); }
+  static Reg zip_low(Reg a, Reg b) {
+    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+  }
+  static Reg zip_high(Reg a, Reg b) {
+    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
+  }
   static Reg power_of_two(Reg x) { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x), 52)); }
 };
 

@@ -47,6 +47,14 @@ struct Avx512F32 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ), x);
   }
+  static Reg zip_low(Reg a, Reg b) {
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_ps(a, order, b);
+  }
+  static Reg zip_high(Reg a, Reg b) {
+    const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return _mm512_permutex2var_ps(a, order, b);
+  }
   static Reg power_of_two(Reg x) {
     const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kEighths)));
     const __m512i bits = _mm512_castps_si512(x);
@@ -75,6 +83,12 @@ struct Avx512F64 {
   static int count_greater(Reg a, Reg b) { return __builtin_popcount(_mm512_cmp_pd_mask(a, b, _CMP_GT_OQ)); }
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(w, _mm512_setzero_pd(), _CMP_NEQ_UQ), x);
+  }
+  static Reg zip_low(Reg a, Reg b) {
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+  }
+  static Reg zip_high(Reg a, Reg b) {
+    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
   }
   static Reg power_of_two(Reg x) { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52)); }
 };

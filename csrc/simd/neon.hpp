@@ -38,6 +38,8 @@ struct NeonF32 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
   static int count_greater(Reg a, Reg b) { return static_cast<int>(vaddvq_u32(vshrq_n_u32(vcgtq_f32(a, b), 31))); }
   static Reg zero_where_zero(Reg x, Reg w) { return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vceqzq_f32(w))); }
+  static Reg zip_low(Reg a, Reg b) { return vzip1q_f32(a, b); }
+  static Reg zip_high(Reg a, Reg b) { return vzip2q_f32(a, b); }
   static Reg power_of_two(Reg x) {
     const uint8x16x2_t table = {{vreinterpretq_u8_u32(vld1q_u32(kEighths)), vreinterpretq_u8_u32(vld1q_u32(kEighths + 4))}};
     const uint32x4_t bits = vreinterpretq_u32_f32(x);
@@ -65,6 +67,8 @@ struct NeonF64 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return vbslq_f64(vcgtq_f64(a, b), yes, no); }
   static int count_greater(Reg a, Reg b) { return static_cast<int>(vaddvq_u64(vshrq_n_u64(vcgtq_f64(a, b), 63))); }
   static Reg zero_where_zero(Reg x, Reg w) { return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(x), vceqzq_f64(w))); }
+  static Reg zip_low(Reg a, Reg b) { return vzip1q_f64(a, b); }
+  static Reg zip_high(Reg a, Reg b) { return vzip2q_f64(a, b); }
   static Reg power_of_two(Reg x) { return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(x), 52)); }
 };
 

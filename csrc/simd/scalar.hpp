@@ -109,6 +109,9 @@ struct ScalarF32 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   static int count_greater(Reg a, Reg b) { return a > b; }
   static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0f ? 0.0f : x; }
+  // The elements of a and b in turn, a first: the lower and the upper half of that.
+  static Reg zip_low(Reg a, Reg) { return a; }
+  static Reg zip_high(Reg, Reg b) { return b; }
   // 2^(k/8), k in the low bits of x.
   static Reg power_of_two(Reg x) { return float_of(kEighths[float_bits(x) & 7] + (float_bits(x) << 20)); }
 };
@@ -131,6 +134,8 @@ struct ScalarF64 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   static int count_greater(Reg a, Reg b) { return a > b; }
   static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0 ? 0.0 : x; }
+  static Reg zip_low(Reg a, Reg) { return a; }
+  static Reg zip_high(Reg, Reg b) { return b; }
   // 2^(k - 1023), k in the low bits of x; 0 for k = 0.
   static Reg power_of_two(Reg x) {
     uint64_t bits;

@@ -188,8 +188,9 @@ def ids_per_row(target: Shape, logits: Shape, axis: int, name: str, logits_name:
         return 1
     if tuple(target[:-1]) == rows:
         return int(target[-1])
+    many = ", ".join([*map(str, rows), "K"])
     raise ValueError(
-        f"{name} must have shape {rows}, or {(*rows, 'K')} for K ids a row, for {logits_name} of shape {tuple(logits)}, "
+        f"{name} must have shape {rows}, or ({many}) for K ids a row, for {logits_name} of shape {tuple(logits)}, "
         f"got {tuple(target)}"
     )
 

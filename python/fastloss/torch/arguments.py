@@ -60,7 +60,7 @@ def per_class(name: str, value: Tensor, logits: Tensor, dim: int) -> Tensor:
     if value.dtype not in CODES:
         raise TypeError(f"{name} must be of a floating-point dtype, got {_kind(value)}")
     check_device(name, value, logits)
-    if value.requires_grad:
+    if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} gets no gradient from this loss: pass {name}.detach()")
     return value.to(accumulation_dtype(logits.dtype)).contiguous()
 

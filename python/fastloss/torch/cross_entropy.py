@@ -154,10 +154,11 @@ def _check_inplace(input: Tensor) -> None:
         raise ValueError(
             "inplace=True needs logits that are no leaf: this leaf needs a gradient, and backward would overwrite it"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True)):
-        raise ValueError(
-            "inplace=True needs logits of their own: these are expanded, several elements share one place in memory"
-        )
+    reach = 0  # of the dimensions so far, the shortest strides first
+    for stride, size in sorted((stride, size) for stride, size in zip(input.stride(), input.shape, strict=True) if size > 1):
+        if stride <= reach:
+            raise ValueError("inplace=True needs logits of their own: several elements of these may share one place in memory")
+        reach += stride * (size - 1)
 
 
 class CrossEntropyLoss(torch.nn.Module):

@@ -26,6 +26,8 @@ _HUGE_PAGES_FROM = 1 << 22  # bytes: two huge pages
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _TENSORS = (Tensor, torch.nn.Parameter)
+# Autograd's own vmap (is_grads_batched) hands tensors to backward that only the dispatcher can take apart.
+is_batched_by_autograd = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
 class Options(NamedTuple):
@@ -40,10 +42,10 @@ class Options(NamedTuple):
 
 
 def eager(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors that nobody traces or transforms, so that the kernels may be called at once."""
+    """Whether these are ordinary CPU tensors that nobody traces or transforms, so that the kernels may be called at once."""
     if torch.compiler.is_compiling() or _functorch_active() or _dispatch_modes():
         return False
-    return all(t is None or (type(t) in _TENSORS and not t.is_neg()) for t in tensors)
+    return all(t is None or (type(t) in _TENSORS and t.is_cpu and not t.is_neg()) for t in tensors)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -89,8 +91,8 @@ def cross_entropy(
     """The loss, what backward needs of each row (max, rest, mass) if `keep`, and the factor 1 / denominator."""
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     rows = row_shape(logits.shape, dim)
-    loss = torch.empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype))
-    saved = torch.empty((*rows, 3), dtype=torch.float64) if keep else None
+    loss = torch.empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype), device="cpu")
+    saved = torch.empty((*rows, 3), dtype=torch.float64, device="cpu") if keep else None
     ids, soft = _targets(target, dim)
     used = _cpu.cross_entropy(
         _describe(logits, dim),
@@ -267,7 +269,7 @@ def _cross_entropy_op(
     *options, reduction, denominator = rest
     loss, saved, scale = cross_entropy(logits, target, weight, bias, Options(*options), reduction, denominator, True)
     assert saved is not None
-    return loss, saved, torch.tensor(scale, dtype=torch.float64)
+    return loss, saved, torch.tensor(scale, dtype=torch.float64, device="cpu")
 
 
 def _cross_entropy_fake(
@@ -364,7 +366,7 @@ def _row_gradient_vmap(op: Any) -> Any:
         rows = saved.shape[:-1]
         factor = upstream.reshape(size, *upstream.shape[1:]) * scale.reshape(size, *[1] * (upstream.ndim - 1))
         factor = factor.reshape(size, *([1] * (len(rows) - 1) if upstream.ndim == 1 else rows[1:])).expand(rows)
-        one = torch.ones((), dtype=torch.float64)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
         out = op(
             factor.contiguous(),
             logits,
@@ -385,7 +387,7 @@ def _statistics_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     logits, target = (_front(args[i], in_dims[i], info.batch_size) for i in (0, 1))
     _unbatched("bias", in_dims[2])
     outputs = torch.ops.fastloss.statistics(logits, target, args[2], args[3] + 1, *args[4:])
-    unwanted = [torch.empty((info.batch_size, 0), dtype=out.dtype) for out in outputs]
+    unwanted = [out.new_empty((info.batch_size, 0)) for out in outputs]
     wanted = [*args[6], True]
     return [out if want else none for out, none, want in zip(outputs, unwanted, wanted, strict=True)], [0] * len(outputs)
 

@@ -61,7 +61,7 @@ def logit_stats(
     class_dim = _options.class_axis(dim, logits.shape, "dim", "logits")
     heat, cap = _options.transform_options(temperature, softcap)
     names = _options.wanted_statistics(want, target is not None)
-    ids = None if target is None else _check_ids(target, logits, class_dim)
+    ids = None if target is None else _check_ids(target, logits, class_dim, "target")
     if bias is not None:
         bias = per_class("bias", bias, logits, class_dim)
     # The gradient of max_prob needs the class that holds it.
@@ -78,13 +78,13 @@ def logit_stats(
     return LogitStats(**{name: out for name, out in zip(STATISTICS, outputs, strict=False) if name in names})
 
 
-def _check_ids(target: Tensor, logits: Tensor, dim: int) -> Tensor:
+def _check_ids(target: Tensor, logits: Tensor, dim: int, name: str) -> Tensor:
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    check_device("target", target, logits)
-    _options.ids_per_row(target.shape, logits.shape, dim, "target", "logits")
+        raise TypeError(f"{name} must be a tensor, got {type(target).__name__}")
+    check_device(name, target, logits)
+    _options.ids_per_row(target.shape, logits.shape, dim, name, "logits")
     if target.dtype.is_floating_point:
-        raise TypeError(f"target must hold integer class ids, got {str(target.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{name} must hold integer class ids, got {str(target.dtype).removeprefix('torch.')}")
     return as_class_ids(target)
 
 
@@ -105,15 +105,18 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
         tensor([[0.2500, 0.2500],
                 [0.2500, 0.2500]])
     """
+    check_logits("logits", logits)
+    _check_ids(index, logits, logits.ndim - 1, "index")
     logprob: Tensor = logit_stats(logits, index, want=("logprob",), temperature=temperature).logprob
     return logprob
 
 
-def entropy_from_logits(logits: Tensor) -> Tensor:
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """The entropy of softmax(logits), in nats.
 
     Args:
         logits: shape ``(..., V)``.
+        chunk_size: taken so that calls written for TRL work as they are; nothing is stored here that would have to be cut.
 
     Returns:
         Entropies of shape ``(...)``, float32 (float64 for float64 logits), differentiable.
