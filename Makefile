@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 ROOT := $(CURDIR)
 VENV := $(ROOT)/.venv
@@ -28,13 +30,13 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)/demo  ## train a language model with and without fastloss: table and plots
-	$(PY) examples/train_lm.py
+	$(PY) examples/train_lm.py $(DEMO_ARGS)
 
 test: $(STAMP)/test  ## run all tests, and the examples in the docstrings
 	$(PY) -m pytest --doctest-modules tests --pyargs fastloss $(PYTEST_ARGS)
 
 bench: $(STAMP)/bench  ## compare with PyTorch, torch.compile, SciPy, optax: tables, JSON, plots
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks $(BENCH_ARGS)
 
 # ---- set-up ----------------------------------------------------------------------------------------------------------
 

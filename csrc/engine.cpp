@@ -88,7 +88,8 @@ class Tiling {
   Tiling(const RowLayout& layout, int64_t rows, int64_t classes, bool classes_adjacent) : inner_(layout.inner()) {
     const int64_t staged = (std::min<int64_t>(classes, kBlock) + kLanes - 1) / kLanes * kLanes;
     const int64_t most = std::clamp<int64_t>(kTileElements / staged, 1, kTileRows);
-    rows_ = classes_adjacent ? 1 : std::min(inner_, most);
+    // Adjacent classes: as many short rows as fit in a block. Else enough rows to use whole cache lines.
+    rows_ = std::min(inner_, classes_adjacent ? std::max<int64_t>(1, kBlock / staged) : most);
     per_inner_ = (inner_ + rows_ - 1) / rows_;
     count_ = rows / inner_ * per_inner_;
   }

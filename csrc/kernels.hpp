@@ -61,6 +61,7 @@ struct Partial {
 struct RowStats {
   double max;
   double rest;
+  double log_sum;      // log1p(rest): log-sum-exp less max
   double mean_x;       // sum p (z - max)
   double sum_sq;       // sum p^2
   double weighted;     // sum w (z - max)

@@ -141,7 +141,7 @@ struct SavedRow {
 // round.
 inline double cross_entropy_of_id(const CrossEntropyOptions& o, int64_t classes, const RowStats& s, double target_z,
                                   double target_weight, SavedRow* saved) {
-  const double l = log1p_nonnegative(s.rest);
+  const double l = s.log_sum;
   const double L = s.max + l;
   double mass = target_weight * (1.0 - o.label_smoothing);
   double loss = mass == 0.0 ? 0.0 * l : mass * (l - (target_z - s.max));  // no weight: nothing, even of a target at -inf
@@ -156,7 +156,7 @@ inline double cross_entropy_of_id(const CrossEntropyOptions& o, int64_t classes,
 }
 
 inline double cross_entropy_of_soft_target(const CrossEntropyOptions& o, int64_t classes, const RowStats& s, SavedRow* saved) {
-  const double l = log1p_nonnegative(s.rest);
+  const double l = s.log_sum;
   const double L = s.max + l;
   const double share = o.label_smoothing / static_cast<double>(classes);
   double loss = (1.0 - o.label_smoothing) * (s.soft_weight * l - s.soft);

@@ -121,7 +121,8 @@ int environment_threads() {
   char* end = nullptr;
   const long threads = strtol(text, &end, 10);
   if (*end != 0 || threads < 1) {
-    throw std::invalid_argument("FASTLOSS_NUM_THREADS = '" + std::string(text) + "' is not a number of threads: expected 1 or more");
+    throw std::invalid_argument("FASTLOSS_NUM_THREADS = '" + std::string(text) +
+                                "' is not a number of threads: expected 1 or more");
   }
   return static_cast<int>(std::min<long>(threads, kMaxThreads));
 }

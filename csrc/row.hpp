@@ -20,36 +20,51 @@ struct Lanes {
   }
 
   // Lane i takes in lane i + half, then half of half, down to one.
-  template <class Merge, class MergeOne>
-  typename V::T reduce(Merge merge, MergeOne merge_one) const {
+  template <class Merge>
+  typename V::T reduce(Merge merge) const {
     typename V::Reg r[kRegs];
     for (int k = 0; k < kRegs; ++k) r[k] = reg[k];
     for (int half = kRegs / 2; half >= 1; half /= 2) {
       for (int k = 0; k < half; ++k) r[k] = merge(r[k], r[k + half]);
     }
-    typename V::T one[V::kWidth];
-    V::store(one, r[0]);
-    for (int half = V::kWidth / 2; half >= 1; half /= 2) {
-      for (int i = 0; i < half; ++i) one[i] = merge_one(one[i], one[i + half]);
-    }
-    return one[0];
+    return V::first(halve<V::kWidth / 2>(r[0], merge));
   }
 
-  double sum() const {
-    using T = typename V::T;
-    return reduce([](auto a, auto b) { return V::add(a, b); }, [](T a, T b) { return a + b; });
+  double sum() const { return reduce(V::add); }
+
+ private:
+  template <int kHalf, class Merge>
+  static typename V::Reg halve(typename V::Reg r, Merge merge) {
+    if constexpr (kHalf == 0) {
+      return r;
+    } else {
+      return halve<kHalf / 2>(merge(r, V::template shift_down<kHalf>(r)), merge);
+    }
   }
 };
 
+// Calls step(at, k) for each register of a row of n elements: `at` is its place in the row, `k` that in the virtual lanes.
+// Registers that hold padding alone are left out, which changes no sum and no maximum. `group` is called before each kLanes
+// elements.
+template <class V, class Group, class Step>
+inline void for_registers(int n, Group group, Step step) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    group();
+#pragma GCC unroll 64
+    for (int k = 0; k < Lanes<V>::kRegs; ++k) step(i + k * V::kWidth, k);
+  }
+#pragma GCC unroll 64
+  for (int k = 0; k < Lanes<V>::kRegs; ++k) {
+    if (i + k * V::kWidth < n) step(i + k * V::kWidth, k);
+  }
+}
+
 template <class V>
 inline typename V::T row_max(const typename V::T* z, int n) {
-  using T = typename V::T;
-  Lanes<V> top(-static_cast<T>(__builtin_huge_val()));
-  for (int i = 0; i < n; i += kLanes) {
-#pragma GCC unroll 64
-    for (int k = 0; k < Lanes<V>::kRegs; ++k) top.reg[k] = V::max(V::load(z + i + k * V::kWidth), top.reg[k]);
-  }
-  return top.reduce([](auto a, auto b) { return V::max(a, b); }, [](T a, T b) { return a > b ? a : b; });
+  Lanes<V> top(-static_cast<typename V::T>(__builtin_huge_val()));
+  for_registers<V>(n, [] {}, [&](int at, int k) { top.reg[k] = V::max(V::load(z + at), top.reg[k]); });
+  return top.reduce(V::max);
 }
 
 // sum e, sum e x, sum e^2 over one row, with x = z - ref and e = exp(x). `ahead` is memory that the caller reads next.
@@ -57,18 +72,17 @@ template <class V, bool kEntropy, bool kSquares>
 inline void exp_sums(const typename V::T* z, int n, typename V::T ref, const char* ahead, int ahead_bytes, Partial& out) {
   Lanes<V> sum(0), sum_x(0), sum_sq(0);
   const auto reference = V::set(ref);
-  for (int i = 0; i < n; i += kLanes) {
+  const auto fetch = [&] {
     for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);
     ahead += ahead_bytes;
-#pragma GCC unroll 64
-    for (int k = 0; k < Lanes<V>::kRegs; ++k) {
-      const auto x = clamp_exponent<V>(V::sub(V::load(z + i + k * V::kWidth), reference));
-      const auto e = exp_clamped<V>(x);
-      sum.reg[k] = V::add(sum.reg[k], e);
-      if constexpr (kEntropy) sum_x.reg[k] = V::fma(e, x, sum_x.reg[k]);
-      if constexpr (kSquares) sum_sq.reg[k] = V::fma(e, e, sum_sq.reg[k]);
-    }
-  }
+  };
+  for_registers<V>(n, fetch, [&](int at, int k) {
+    const auto x = clamp_exponent<V>(V::sub(V::load(z + at), reference));
+    const auto e = exp_clamped<V>(x);
+    sum.reg[k] = V::add(sum.reg[k], e);
+    if constexpr (kEntropy) sum_x.reg[k] = V::fma(e, x, sum_x.reg[k]);
+    if constexpr (kSquares) sum_sq.reg[k] = V::fma(e, e, sum_sq.reg[k]);
+  });
   out.sum = sum.sum();
   out.sum_x = kEntropy ? sum_x.sum() : 0.0;
   out.sum_sq = kSquares ? sum_sq.sum() : 0.0;
@@ -80,17 +94,15 @@ inline void weighted_sums(const typename V::T* z, const typename V::T* w, const 
                           double& weighted, double& weight) {
   Lanes<V> sum(0), total(0);
   const auto reference = V::set(ref);
-  for (int i = 0; i < n; i += kLanes) {
-#pragma GCC unroll 64
-    for (int k = 0; k < Lanes<V>::kRegs; ++k) {
-      const int at = i + k * V::kWidth;
-      auto factor = V::load(w + at);
-      if constexpr (kSoft) factor = V::mul(factor, V::load(q + at));
-      const auto x = V::zero_where_zero(V::sub(V::load(z + at), reference), factor);
-      sum.reg[k] = V::fma(factor, x, sum.reg[k]);
-      total.reg[k] = V::add(total.reg[k], factor);
-    }
-  }
+  for_registers<V>(
+      n, [] {},
+      [&](int at, int k) {
+        auto factor = V::load(w + at);
+        if constexpr (kSoft) factor = V::mul(factor, V::load(q + at));
+        const auto x = V::zero_where_zero(V::sub(V::load(z + at), reference), factor);
+        sum.reg[k] = V::fma(factor, x, sum.reg[k]);
+        total.reg[k] = V::add(total.reg[k], factor);
+      });
   weighted = sum.sum();
   weight = total.sum();
 }

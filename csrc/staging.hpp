@@ -110,6 +110,11 @@ inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename
     }
     const auto turn = [&](int row, int column) {
       if constexpr (kNative<V, T>) {
+        // Each class is another place in memory, too many for the hardware to follow: fetch the next ones by hand.
+        constexpr int kLineRows = 64 / sizeof(T);
+        if (row % kLineRows == 0) {
+          for (int j = 0; j < V::kWidth; ++j) __builtin_prefetch(element<const T>(tile, row, first + column + V::kWidth + j));
+        }
         typename V::Reg square[V::kWidth];
 #pragma GCC unroll 16
         for (int j = 0; j < V::kWidth; ++j) square[j] = V::load(element<const T>(tile, row, first + column + j));
@@ -145,9 +150,8 @@ inline void store_tile(const typename V::T* z, int64_t stride, int64_t first, in
         for (int j = 0; j < V::kWidth; ++j) V::store(element<T>(tile, row, first + column + j), square[j]);
       }
     };
-    for_squares<V>(rows, n, kNative<V, T> && tile.row_step == 1, turn, [&](int row, int column) {
-      *element<T>(tile, row, first + column) = narrow<T>(z[row * stride + column]);
-    });
+    for_squares<V>(rows, n, kNative<V, T> && tile.row_step == 1, turn,
+                   [&](int row, int column) { *element<T>(tile, row, first + column) = narrow<T>(z[row * stride + column]); });
   });
 }
 

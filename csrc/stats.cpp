@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "stats.hpp"
 
-#include "numerics.hpp"
-
 namespace fastloss {
 
 void statistics(const Tensor& logits, const Targets& targets, const Transform& transform, const StatsOutputs& out) {
@@ -26,7 +24,7 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   sweep.targets = targets;
   sweep.want_rank = out.rank != nullptr;
   sweep.on_row = [&](int64_t row, const RowStats* s, const double* target_z, const int64_t* rank) {
-    const double l = log1p_nonnegative(s->rest);
+    const double l = s->log_sum;
     const bool valid = s->rest == s->rest;
     for (int i = 0; targets && i < targets.k; ++i) {
       write(out.logprob, row * targets.k + i, (target_z[i] - s->max) - l);

@@ -71,14 +71,14 @@ void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int6
       const A* z = staged.z + r * staged.stride;
       Partial& out = partials[r * blocks + block];
       out = {};
-      const A max = row_max<V>(z, whole);
+      const A max = row_max<V>(z, n);
       const A ref = finite_reference(max);
       out.max = max;
-      sums(z, whole, ref, next_block(logits, block, ahead_bytes), ahead_bytes, out);
-      if (weight) weighted_sums<V, false>(z, weight, nullptr, whole, ref, out.weighted, out.weight);
+      sums(z, n, ref, next_block(logits, block, ahead_bytes), ahead_bytes, out);
+      if (weight) weighted_sums<V, false>(z, weight, nullptr, n, ref, out.weighted, out.weight);
       if (q) {
         const A* w = weight ? weight : stage_weight<A>(pass, block, scratch);
-        weighted_sums<V, true>(z, w, q + r * whole, whole, ref, out.soft, out.soft_weight);
+        weighted_sums<V, true>(z, w, q + r * whole, n, ref, out.soft, out.soft_weight);
       }
       if (ranks) {
         for (int i = 0; i < ids.k; ++i) {
@@ -144,10 +144,11 @@ void finish(const Pass& pass, const Tile& logits, int rows, const Partial* parti
       if (confident) {
         z[at] = -static_cast<A>(__builtin_huge_val());
         Partial without = {};
-        exp_sums<V, false, false>(z, padded(n), static_cast<A>(s.max), nullptr, 0, without);
+        exp_sums<V, false, false>(z, n, static_cast<A>(s.max), nullptr, 0, without);
         s.rest = without.sum + others;
       }
     }
+    s.log_sum = log1p_nonnegative(s.rest);
     const double inv_sum = 1.0 / (1.0 + s.rest);
     s.mean_x = sum_x * inv_sum;
     s.sum_sq = sum_sq * inv_sum * inv_sum;
@@ -190,27 +191,28 @@ void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, 
   using A = typename V::T;
   const int64_t first_column = begin * kBlock;
   const int64_t last_column = end * kBlock;
-  // The targets first: `grad` may be the logits.
-  const auto for_targets = [&](auto visit) {
+  const auto for_targets = [&](int64_t from, int64_t to, auto visit) {
     for (int r = 0; r < rows; ++r) {
       const int64_t* id = ids.id + r * ids.k;
       for (int i = 0; i < ids.k && !coefficients[r].zero; ++i) {
-        if (id[i] >= first_column && id[i] < last_column && !occurs_before(id, i)) visit(r, i, id);
+        if (id[i] >= from && id[i] < to && !occurs_before(id, i)) visit(r, i, id[i]);
       }
     }
   };
-  for_targets([&](int r, int i, const int64_t* id) {
-    corrected[r * ids.k + i] = gradient_at_target<A>(pass, logits, r, coefficients[r], id, g + r * ids.k, ids.k, i);
+  // The targets first: `grad` may be the logits.
+  for_targets(first_column, last_column, [&](int r, int i, int64_t) {
+    corrected[r * ids.k + i] =
+        gradient_at_target<A>(pass, logits, r, coefficients[r], ids.id + r * ids.k, g + r * ids.k, ids.k, i);
   });
   const bool softcapped = pass.transform.softcap != 0.0;
   const int ahead_bytes = bytes_ahead(logits, rows);
   // float32 and float64 go straight to memory; what needs rounding or turning goes by way of the staged rows.
-  const bool direct = rows == 1 && grad.class_step == 1 && grad.dtype == (sizeof(A) == 8 ? kF64 : kF32);
+  const bool direct = grad.class_step == 1 && grad.dtype == (sizeof(A) == 8 ? kF64 : kF32);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock;
     const int n = block_length(pass.classes, block);
     const int whole = padded(n);
-    if (direct && coefficients[0].zero) {
+    if (direct && rows == 1 && coefficients[0].zero) {
       __builtin_memset(element<A>(grad, 0, first), 0, n * sizeof(A));
       continue;
     }
@@ -234,7 +236,7 @@ void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, 
       terms.soft = q ? q + r * whole : nullptr;
       terms.derivative = softcapped ? static_cast<const A*>(scratch.derivative) + r * staged.stride : nullptr;
       const A* z = staged.z + r * staged.stride;
-      A* out = direct ? element<A>(grad, 0, first) : const_cast<A*>(z);
+      A* out = direct ? element<A>(grad, r, first) : const_cast<A*>(z);
       const auto write = terms.plain() ? &gradient_row<V, true> : &gradient_row<V, false>;
       if (c.zero) {
         __builtin_memset(out, 0, n * sizeof(A));
@@ -242,14 +244,15 @@ void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, 
         write(terms, z, n, next_block(logits, block, ahead_bytes), ahead_bytes, out);
       }
     }
-    if (!direct) store_tile<V>(staged.z, staged.stride, first, n, rows, grad);
-  }
-  for_targets([&](int r, int i, const int64_t* id) {
-    with_storage(grad.dtype, [&](auto tag) {
-      using T = typename decltype(tag)::Type;
-      *element<T>(grad, r, id[i]) = narrow<T>(corrected[r * ids.k + i]);
+    if (direct) continue;
+    for_targets(first, first + n, [&](int r, int i, int64_t id) {
+      const_cast<A*>(staged.z)[r * staged.stride + id - first] = static_cast<A>(corrected[r * ids.k + i]);
     });
-  });
+    store_tile<V>(staged.z, staged.stride, first, n, rows, grad);
+  }
+  if (!direct) return;
+  for_targets(first_column, last_column,
+              [&](int r, int i, int64_t id) { *element<A>(grad, r, id) = static_cast<A>(corrected[r * ids.k + i]); });
 }
 
 template <class V>

@@ -14,6 +14,7 @@ struct Avx2F32 {
   using Reg = __m256;
   static constexpr int kWidth = 8;
   static Reg set(T x) { return _mm256_set1_ps(x); }
+  static T first(Reg a) { return _mm256_cvtss_f32(a); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static Reg load(const BF16* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -51,12 +52,13 @@ struct Avx2F32 {
     return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ))));
   }
   static Reg zero_where_zero(Reg x, Reg w) { return _mm256_and_ps(x, _mm256_cmp_ps(w, _mm256_setzero_ps(), _CMP_NEQ_UQ)); }
-  static Reg zip_low(Reg a, Reg b) {
-    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+  template <int kBy>
+  static Reg shift_down(Reg a) {
+    const __m256i from = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_permutevar8x32_ps(a, _mm256_add_epi32(from, _mm256_set1_epi32(kBy)));
   }
-  static Reg zip_high(Reg a, Reg b) {
-    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
-  }
+  static Reg zip_low(Reg a, Reg b) { return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20); }
+  static Reg zip_high(Reg a, Reg b) { return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31); }
   static Reg power_of_two(Reg x) {
     const __m256i table = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kEighths));
     const __m256i bits = _mm256_castps_si256(x);
@@ -69,6 +71,7 @@ struct Avx2F64 {
   using Reg = __m256d;
   static constexpr int kWidth = 4;
   static Reg set(T x) { return _mm256_set1_pd(x); }
+  static T first(Reg a) { return _mm256_cvtsd_f64(a); }
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
   static void store(double* p, Reg x) { _mm256_storeu_pd(p, x); }
   static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
@@ -86,12 +89,12 @@ struct Avx2F64 {
     return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ))));
   }
   static Reg zero_where_zero(Reg x, Reg w) { return _mm256_and_pd(x, _mm256_cmp_pd(w, _mm256_setzero_pd(), _CMP_NEQ_UQ)); }
-  static Reg zip_low(Reg a, Reg b) {
-    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+  template <int kBy>
+  static Reg shift_down(Reg a) {
+    return kBy == 2 ? _mm256_permute4x64_pd(a, 0x0e) : _mm256_permute4x64_pd(a, 0x01);
   }
-  static Reg zip_high(Reg a, Reg b) {
-    return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
-  }
+  static Reg zip_low(Reg a, Reg b) { return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20); }
+  static Reg zip_high(Reg a, Reg b) { return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31); }
   static Reg power_of_two(Reg x) { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x), 52)); }
 };
 

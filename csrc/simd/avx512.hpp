@@ -14,6 +14,7 @@ struct Avx512F32 {
   using Reg = __m512;
   static constexpr int kWidth = 16;
   static Reg set(T x) { return _mm512_set1_ps(x); }
+  static T first(Reg a) { return _mm512_cvtss_f32(a); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
   static Reg load(const BF16* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -47,6 +48,11 @@ struct Avx512F32 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ), x);
   }
+  template <int kBy>
+  static Reg shift_down(Reg a) {
+    const __m512i from = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(from, _mm512_set1_epi32(kBy)), a);
+  }
   static Reg zip_low(Reg a, Reg b) {
     const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     return _mm512_permutex2var_ps(a, order, b);
@@ -67,6 +73,7 @@ struct Avx512F64 {
   using Reg = __m512d;
   static constexpr int kWidth = 8;
   static Reg set(T x) { return _mm512_set1_pd(x); }
+  static T first(Reg a) { return _mm512_cvtsd_f64(a); }
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, Reg x) { _mm512_storeu_pd(p, x); }
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
@@ -84,12 +91,12 @@ struct Avx512F64 {
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(w, _mm512_setzero_pd(), _CMP_NEQ_UQ), x);
   }
-  static Reg zip_low(Reg a, Reg b) {
-    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+  template <int kBy>
+  static Reg shift_down(Reg a) {
+    return _mm512_permutexvar_pd(_mm512_add_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(kBy)), a);
   }
-  static Reg zip_high(Reg a, Reg b) {
-    return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
-  }
+  static Reg zip_low(Reg a, Reg b) { return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b); }
+  static Reg zip_high(Reg a, Reg b) { return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b); }
   static Reg power_of_two(Reg x) { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52)); }
 };
 

@@ -14,6 +14,7 @@ struct NeonF32 {
   using Reg = float32x4_t;
   static constexpr int kWidth = 4;
   static Reg set(T x) { return vdupq_n_f32(x); }
+  static T first(Reg a) { return vgetq_lane_f32(a, 0); }
   static Reg load(const float* p) { return vld1q_f32(p); }
   static Reg load(const BF16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
   static Reg load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
@@ -38,6 +39,10 @@ struct NeonF32 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return vbslq_f32(vcgtq_f32(a, b), yes, no); }
   static int count_greater(Reg a, Reg b) { return static_cast<int>(vaddvq_u32(vshrq_n_u32(vcgtq_f32(a, b), 31))); }
   static Reg zero_where_zero(Reg x, Reg w) { return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vceqzq_f32(w))); }
+  template <int kBy>
+  static Reg shift_down(Reg a) {
+    return vextq_f32(a, a, kBy);
+  }
   static Reg zip_low(Reg a, Reg b) { return vzip1q_f32(a, b); }
   static Reg zip_high(Reg a, Reg b) { return vzip2q_f32(a, b); }
   static Reg power_of_two(Reg x) {
@@ -54,6 +59,7 @@ struct NeonF64 {
   using Reg = float64x2_t;
   static constexpr int kWidth = 2;
   static Reg set(T x) { return vdupq_n_f64(x); }
+  static T first(Reg a) { return vgetq_lane_f64(a, 0); }
   static Reg load(const double* p) { return vld1q_f64(p); }
   static void store(double* p, Reg x) { vst1q_f64(p, x); }
   static Reg add(Reg a, Reg b) { return vaddq_f64(a, b); }
@@ -67,6 +73,10 @@ struct NeonF64 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return vbslq_f64(vcgtq_f64(a, b), yes, no); }
   static int count_greater(Reg a, Reg b) { return static_cast<int>(vaddvq_u64(vshrq_n_u64(vcgtq_f64(a, b), 63))); }
   static Reg zero_where_zero(Reg x, Reg w) { return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(x), vceqzq_f64(w))); }
+  template <int kBy>
+  static Reg shift_down(Reg a) {
+    return vextq_f64(a, a, kBy);
+  }
   static Reg zip_low(Reg a, Reg b) { return vzip1q_f64(a, b); }
   static Reg zip_high(Reg a, Reg b) { return vzip2q_f64(a, b); }
   static Reg power_of_two(Reg x) { return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(x), 52)); }

@@ -92,6 +92,7 @@ struct ScalarF32 {
   using Reg = float;
   static constexpr int kWidth = 1;
   static Reg set(T x) { return x; }
+  static T first(Reg a) { return a; }
   static Reg load(const float* p) { return *p; }
   static Reg load(const BF16* p) { return widen(*p); }
   static Reg load(const F16* p) { return widen(*p); }
@@ -109,6 +110,11 @@ struct ScalarF32 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   static int count_greater(Reg a, Reg b) { return a > b; }
   static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0f ? 0.0f : x; }
+  // Element i of the result is element i + kBy; what lies behind the last is anything.
+  template <int kBy>
+  static Reg shift_down(Reg a) {
+    return a;
+  }
   // The elements of a and b in turn, a first: the lower and the upper half of that.
   static Reg zip_low(Reg a, Reg) { return a; }
   static Reg zip_high(Reg, Reg b) { return b; }
@@ -121,6 +127,7 @@ struct ScalarF64 {
   using Reg = double;
   static constexpr int kWidth = 1;
   static Reg set(T x) { return x; }
+  static T first(Reg a) { return a; }
   static Reg load(const double* p) { return *p; }
   static void store(double* p, Reg x) { *p = x; }
   static Reg add(Reg a, Reg b) { return a + b; }
@@ -134,6 +141,10 @@ struct ScalarF64 {
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   static int count_greater(Reg a, Reg b) { return a > b; }
   static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0 ? 0.0 : x; }
+  template <int kBy>
+  static Reg shift_down(Reg a) {
+    return a;
+  }
   static Reg zip_low(Reg a, Reg) { return a; }
   static Reg zip_high(Reg, Reg b) { return b; }
   // 2^(k - 1023), k in the low bits of x; 0 for k = 0.
