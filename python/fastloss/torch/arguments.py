@@ -31,6 +31,8 @@ def check_rows_target(logits: Tensor, target: Tensor, dim: int) -> Tensor:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     check_device("target", target, logits)
+    if target.dtype == torch.int64 and target.is_contiguous() and target.shape == _options.row_shape(logits.shape, dim):
+        return target
     if target.dtype in CODES:
         if target.layout is not torch.strided:
             raise TypeError(f"target must be a dense tensor, got {target.layout}")

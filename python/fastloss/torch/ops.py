@@ -45,7 +45,10 @@ def eager(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary CPU tensors that nobody traces or transforms, so that the kernels may be called at once."""
     if torch.compiler.is_compiling() or _functorch_active() or _dispatch_modes():
         return False
-    return all(t is None or (type(t) in _TENSORS and t.is_cpu and not t.is_neg()) for t in tensors)
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _TENSORS or not tensor.is_cpu or tensor.is_neg()):
+            return False
+    return True
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
