@@ -12,9 +12,11 @@
 namespace fastloss {
 namespace {
 
-constexpr int64_t kSerialElements = 32 * 1024;  // below, waking a thread costs more than it brings
-constexpr int64_t kTaskElements = 64 * 1024;    // what one task should hold at least
-constexpr int kTasksPerThread = 4;              // fewer tiles than that a thread: split within the rows
+constexpr int64_t kSerialElements = 32 * 1024;      // below, waking a thread costs more than it brings
+constexpr int64_t kTaskElements = 64 * 1024;        // what one task should hold at least
+constexpr int64_t kStreamBytes = int64_t{1} << 25;  // a gradient from here on would only push other data out of the caches
+constexpr int64_t kItemsize[] = {4, 8, 2, 2};       // by Dtype
+constexpr int kTasksPerThread = 4;                  // fewer tiles than that a thread: split within the rows
 
 // The axes of the rows of several tensors at once, those that lie behind each other in all of them merged into one.
 class RowLayout {
@@ -42,14 +44,13 @@ class RowLayout {
   int64_t inner() const { return extents_.back(); }
 
   Tile tile(size_t tensor, int64_t row) const {
-    static const int64_t sizes[] = {4, 8, 2, 2};
     const Tensor& t = *tensors_[tensor];
     int64_t offset = 0;
     for (size_t d = extents_.size(); d-- > 0;) {
       offset += row % extents_[d] * strides_[d][tensor];
       row /= extents_[d];
     }
-    return {t.data + offset * sizes[t.dtype], t.dtype, strides_.back()[tensor], t.strides[t.axis]};
+    return {t.data + offset * kItemsize[t.dtype], t.dtype, strides_.back()[tensor], t.strides[t.axis]};
   }
 
  private:
@@ -190,7 +191,7 @@ class Run {
       if (!ignored) w.skip = false;
       for (size_t i = 0; i < k; ++i) w.ids[r * k + i] = ignored ? 0 : s_.targets[row * k + i];
     }
-    if (s_.on_row && !w.skip) kernels_.gather(s_.pass, w.logits, w.rows, target_ids(w), w.target_z.data());
+    if (s_.want_rank && !w.skip) kernels_.gather(s_.pass, w.logits, w.rows, target_ids(w), w.target_z.data());
     if (s_.on_row) w.partials.resize(w.rows * blocks_);
     if (s_.want_rank) w.ranks.resize(ids * blocks_);
     w.stats.resize(w.rows);
@@ -251,9 +252,11 @@ int64_t row_count(const Tensor& tensor) {
   return rows;
 }
 
-void Sweep::run() const {
+void Sweep::run() {
   const int64_t rows = row_count(logits);
-  if (rows > 0) Run(*this, rows).run();
+  if (rows == 0) return;
+  pass.stream = grad && grad.data != logits.data && rows * pass.classes * kItemsize[grad.dtype] >= kStreamBytes;
+  Run(*this, rows).run();
 }
 
 void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& out,

@@ -43,7 +43,7 @@ struct Sweep {
   std::function<void(int64_t row, const RowStats* stats, const double* target_z, const int64_t* rank)> on_row;
   // `g` has room for one number a target.
   std::function<void(int64_t row, GradientRow& coefficients, double* g)> coefficients;
-  void run() const;
+  void run();
 };
 
 int64_t row_count(const Tensor& tensor);

@@ -15,15 +15,14 @@ enum Dtype : int { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
 
 constexpr int kBlock = 4096;                // columns in a block: 16 KiB of float32, so that a block stays in L1
 constexpr int kLanes = 64;                  // virtual lanes of every sum and maximum, on every instruction set
-constexpr int kTileRows = 64;               // rows in a tile, at most
-constexpr int kTileElements = 16 * kBlock;  // elements of a staged tile, at most
+constexpr int kTileRows = 512;              // rows in a tile, at most
+constexpr int kTileElements = 32 * kBlock;  // elements of a staged tile, at most
 
 // z = softcap * tanh(x / temperature / softcap) + bias_j
 struct Transform {
   double inv_temperature = 1.0;
   double softcap = 0.0;        // 0: none
   const void* bias = nullptr;  // V values of the accumulation type, or null
-  bool identity() const { return inv_temperature == 1.0 && softcap == 0.0 && bias == nullptr; }
 };
 
 // Rows of one strided matrix. Steps are in elements.
@@ -42,6 +41,7 @@ struct Pass {
   Transform transform;
   const void* weight = nullptr;  // w: V values of the accumulation type; null stands for ones
   int want = 0;                  // bits of Want
+  bool stream = false;           // a gradient too large for the caches: store past them
 };
 
 // Sums over one block, relative to ref = its maximum (0 where that is -inf).
@@ -96,10 +96,11 @@ struct RowKernels {
   // z of the target ids, in double: z[row * k + i].
   void (*gather)(const Pass&, const Tile& logits, int rows, const TargetIds&, double* z);
 
-  // Partials of the blocks [begin, end): partials[row * blocks_of_a_row + block]. With `ranks`, also how many classes of each
-  // block come before each target in a stable descending sort: ranks[(row * blocks_of_a_row + block) * k + i].
+  // Partials of the blocks [begin, end): partials[row * blocks_of_a_row + block], and target_z of the ids that lie in them.
+  // With `ranks`, which needs all of target_z gathered before, also how many classes of each block come before each target in a
+  // stable descending sort: ranks[(row * blocks_of_a_row + block) * k + i].
   void (*scan)(const Pass&, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, Partial* partials,
-               const TargetIds&, const double* target_z, int64_t* ranks, Scratch&);
+               const TargetIds&, double* target_z, int64_t* ranks, Scratch&);
 
   // Merges the partials of whole rows.
   void (*finish)(const Pass&, const Tile& logits, int rows, const Partial* partials, RowStats* stats, Scratch&);

@@ -149,7 +149,8 @@ inline typename V::Reg gradient_at(const GradientTerms<typename V::T>& t, const 
 }
 
 // One row of n classes; `out` may be z itself. Nothing behind out + n is touched. `ahead` is memory that the caller reads next.
-template <class V, bool kPlain>
+// With kStream the stores go past the caches, and `out` is aligned to a register.
+template <class V, bool kPlain, bool kStream>
 inline void gradient_row(const GradientTerms<typename V::T> terms, const typename V::T* z, int n, const char* ahead,
                          int ahead_bytes, typename V::T* out) {
   int i = 0;
@@ -157,7 +158,14 @@ inline void gradient_row(const GradientTerms<typename V::T> terms, const typenam
     for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);
     ahead += ahead_bytes;
 #pragma GCC unroll 64
-    for (int k = 0; k < kLanes; k += V::kWidth) V::store(out + i + k, gradient_at<V, kPlain>(terms, z, i + k));
+    for (int k = 0; k < kLanes; k += V::kWidth) {
+      const auto g = gradient_at<V, kPlain>(terms, z, i + k);
+      if constexpr (kStream) {
+        V::stream(out + i + k, g);
+      } else {
+        V::store(out + i + k, g);
+      }
+    }
   }
   for (; i < n; i += V::kWidth) {
     typename V::T rest[V::kWidth];

@@ -133,7 +133,8 @@ inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename
 }
 
 template <class V>
-inline void store_tile(const typename V::T* z, int64_t stride, int64_t first, int n, int rows, const Tile& tile) {
+inline void store_tile(const typename V::T* z, int64_t stride, int64_t first, int n, int rows, const Tile& tile,
+                       bool may_stream = false) {
   with_storage(tile.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     if (tile.class_step == 1) {
@@ -147,13 +148,24 @@ inline void store_tile(const typename V::T* z, int64_t stride, int64_t first, in
         for (int r = 0; r < V::kWidth; ++r) square[r] = V::load(z + (row + r) * stride + column);
         transpose<V>(square);
 #pragma GCC unroll 16
-        for (int j = 0; j < V::kWidth; ++j) V::store(element<T>(tile, row, first + column + j), square[j]);
+        for (int j = 0; j < V::kWidth; ++j) {
+          T* out = element<T>(tile, row, first + column + j);
+          if constexpr (sizeof(T) == sizeof(typename V::T)) {
+            if (may_stream && reinterpret_cast<uintptr_t>(out) % sizeof(typename V::Reg) == 0) {
+              V::stream(out, square[j]);
+              continue;
+            }
+          }
+          V::store(out, square[j]);
+        }
       }
     };
     for_squares<V>(rows, n, kNative<V, T> && tile.row_step == 1, turn,
                    [&](int row, int column) { *element<T>(tile, row, first + column) = narrow<T>(z[row * stride + column]); });
   });
 }
+
+inline bool is_identity(const Transform& t) { return t.inv_temperature == 1.0 && t.softcap == 0.0 && t.bias == nullptr; }
 
 // z = softcap * tanh(x / temperature / softcap) + bias, and dz/dx where a softcap makes it differ from class to class.
 template <class V>
@@ -205,13 +217,13 @@ inline Staged<typename V::T> stage_logits(const Pass& pass, const Tile& logits, 
   using A = typename V::T;
   const int n = block_length(pass.classes, block);
   const bool same_type = logits.dtype == (sizeof(A) == 8 ? kF64 : kF32);
-  if (may_alias && same_type && rows == 1 && logits.class_step == 1 && n == kBlock && pass.transform.identity()) {
+  if (may_alias && same_type && rows == 1 && logits.class_step == 1 && n == kBlock && is_identity(pass.transform)) {
     return {element<const A>(logits, 0, block * kBlock), 0};
   }
   A* z = static_cast<A*>(scratch.logits);
   const int64_t stride = padded(n);
   load_tile<V>(logits, block * kBlock, n, rows, -static_cast<A>(__builtin_huge_val()), z, stride);
-  if (!pass.transform.identity()) {
+  if (!is_identity(pass.transform)) {
     A* derivative = want_derivative && pass.transform.softcap != 0.0 ? static_cast<A*>(scratch.derivative) : nullptr;
     for (int r = 0; r < rows; ++r) {
       transform_row<V>(pass.transform, block * kBlock, n, z + r * stride, derivative ? derivative + r * stride : nullptr);

@@ -36,7 +36,7 @@ inline Transformed<typename ScalarOf<A>::V> logit_at(const Pass& pass, const Til
   const A x = with_storage(logits.dtype, [&](auto tag) {
     return static_cast<A>(widen(*element<const typename decltype(tag)::Type>(logits, row, column)));
   });
-  if (pass.transform.identity()) return {x, A(1)};
+  if (is_identity(pass.transform)) return {x, A(1)};
   const A bias = pass.transform.bias ? static_cast<const A*>(pass.transform.bias)[column] : A(0);
   return transform<typename ScalarOf<A>::V>(pass.transform, x, bias);
 }
@@ -52,7 +52,7 @@ void gather(const Pass& pass, const Tile& logits, int rows, const TargetIds& ids
 
 template <class V>
 void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, Partial* partials,
-          const TargetIds& ids, const double* target_z, int64_t* ranks, Scratch& scratch) {
+          const TargetIds& ids, double* target_z, int64_t* ranks, Scratch& scratch) {
   using A = typename V::T;
   const int64_t blocks = block_count(pass);
   const auto sums = pass.want & kWantSumSq     ? &exp_sums<V, true, true>
@@ -79,6 +79,10 @@ void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int6
       if (q) {
         const A* w = weight ? weight : stage_weight<A>(pass, block, scratch);
         weighted_sums<V, true>(z, w, q + r * whole, n, ref, out.soft, out.soft_weight);
+      }
+      for (int i = 0; i < ids.k; ++i) {
+        const int64_t at = ids.id[r * ids.k + i] - first;
+        if (at >= 0 && at < n) target_z[r * ids.k + i] = z[at];
       }
       if (ranks) {
         for (int i = 0; i < ids.k; ++i) {
@@ -164,24 +168,20 @@ inline bool occurs_before(const int64_t* id, int i) {
   return false;
 }
 
-// The value at a target, in double and rounded once: p - 1 of a confident row would cancel, so there 1 - p is made from `rest`.
-template <class A>
-inline double gradient_at_target(const Pass& pass, const Tile& logits, int r, const GradientRow& c, const int64_t* id,
+// The value at target `i` of a row, in double and rounded once: p - 1 of a confident row would cancel, so there 1 - p is made
+// from `rest`. `z` is its logit, `slope` dz/dx there.
+inline double gradient_at_target(const GradientRow& c, double z, double weight, double slope, const int64_t* id,
                                  const double* g, int k, int i) {
-  const int64_t column = id[i];
-  const auto logit = logit_at<A>(pass, logits, r, column);
-  const double clamped = clamp_exponent<ScalarF64>(static_cast<double>(logit.z) - finite_reference(c.max));
-  const double e = exp_clamped<ScalarF64>(clamped);
+  const double x = clamp_exponent<ScalarF64>(z - finite_reference(c.max));
+  const double e = exp_clamped<ScalarF64>(x);
   const double p = e / (1.0 + c.rest);
-  const double w = pass.weight ? static_cast<const A*>(pass.weight)[column] : 1.0;
   double one_hot = 0.0;
   for (int j = i; j < k; ++j) {
-    if (id[j] == column) one_hot += g[j];
+    if (id[j] == id[i]) one_hot += g[j];
   }
   const double one_minus_p = (c.rest + (1.0 - e)) / (1.0 + c.rest);
   const double hit = p > 0.5 ? (c.a - one_hot) - c.a * one_minus_p : c.a * p - one_hot;
-  const double z_gradient = hit + p * (c.b * clamped + c.c * p) + w * c.d;
-  return z_gradient * static_cast<double>(logit.derivative);
+  return (hit + p * (c.b * x + c.c * p) + weight * c.d) * slope;
 }
 
 template <class V>
@@ -189,21 +189,6 @@ void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, 
               const GradientRow* coefficients, const TargetIds& ids, const double* g, double* corrected, const Tile& grad,
               Scratch& scratch) {
   using A = typename V::T;
-  const int64_t first_column = begin * kBlock;
-  const int64_t last_column = end * kBlock;
-  const auto for_targets = [&](int64_t from, int64_t to, auto visit) {
-    for (int r = 0; r < rows; ++r) {
-      const int64_t* id = ids.id + r * ids.k;
-      for (int i = 0; i < ids.k && !coefficients[r].zero; ++i) {
-        if (id[i] >= from && id[i] < to && !occurs_before(id, i)) visit(r, i, id[i]);
-      }
-    }
-  };
-  // The targets first: `grad` may be the logits.
-  for_targets(first_column, last_column, [&](int r, int i, int64_t) {
-    corrected[r * ids.k + i] =
-        gradient_at_target<A>(pass, logits, r, coefficients[r], ids.id + r * ids.k, g + r * ids.k, ids.k, i);
-  });
   const bool softcapped = pass.transform.softcap != 0.0;
   const int ahead_bytes = bytes_ahead(logits, rows);
   // float32 and float64 go straight to memory; what needs rounding or turning goes by way of the staged rows.
@@ -237,22 +222,32 @@ void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, 
       terms.derivative = softcapped ? static_cast<const A*>(scratch.derivative) + r * staged.stride : nullptr;
       const A* z = staged.z + r * staged.stride;
       A* out = direct ? element<A>(grad, r, first) : const_cast<A*>(z);
-      const auto write = terms.plain() ? &gradient_row<V, true> : &gradient_row<V, false>;
+      const bool stream = direct && pass.stream && reinterpret_cast<uintptr_t>(out) % sizeof(typename V::Reg) == 0;
+      const auto write = terms.plain() ? stream ? &gradient_row<V, true, true> : &gradient_row<V, true, false>
+                         : stream      ? &gradient_row<V, false, true>
+                                       : &gradient_row<V, false, false>;
       if (c.zero) {
         __builtin_memset(out, 0, n * sizeof(A));
-      } else {
-        write(terms, z, n, next_block(logits, block, ahead_bytes), ahead_bytes, out);
+        continue;
       }
+      const int64_t* id = ids.id + r * ids.k;
+      const auto for_targets = [&](auto visit) {
+        for (int i = 0; i < ids.k; ++i) {
+          if (id[i] >= first && id[i] < first + n && !occurs_before(id, i)) visit(i, id[i] - first);
+        }
+      };
+      // The targets first: `out` may be z.
+      for_targets([&](int i, int64_t at) {
+        const double w = weight ? weight[at] : 1.0;
+        const double dz_dx = softcapped ? terms.derivative[at] : pass.transform.inv_temperature;
+        corrected[r * ids.k + i] = gradient_at_target(c, z[at], w, dz_dx, id, g + r * ids.k, ids.k, i);
+      });
+      write(terms, z, n, next_block(logits, block, ahead_bytes), ahead_bytes, out);
+      for_targets([&](int i, int64_t at) { out[at] = static_cast<A>(corrected[r * ids.k + i]); });
     }
-    if (direct) continue;
-    for_targets(first, first + n, [&](int r, int i, int64_t id) {
-      const_cast<A*>(staged.z)[r * staged.stride + id - first] = static_cast<A>(corrected[r * ids.k + i]);
-    });
-    store_tile<V>(staged.z, staged.stride, first, n, rows, grad);
+    if (!direct) store_tile<V>(staged.z, staged.stride, first, n, rows, grad, pass.stream);
   }
-  if (!direct) return;
-  for_targets(first_column, last_column,
-              [&](int r, int i, int64_t id) { *element<A>(grad, r, id) = static_cast<A>(corrected[r * ids.k + i]); });
+  if (pass.stream) V::fence();
 }
 
 template <class V>

@@ -22,6 +22,8 @@ struct Avx2F32 {
   }
   static Reg load(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
+  static void stream(float* p, Reg x) { _mm256_stream_ps(p, x); }
+  static void fence() { _mm_sfence(); }
   static void store(BF16* p, Reg x) {
     // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
     const __m256i bits = _mm256_castps_si256(x);
@@ -74,6 +76,8 @@ struct Avx2F64 {
   static T first(Reg a) { return _mm256_cvtsd_f64(a); }
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
   static void store(double* p, Reg x) { _mm256_storeu_pd(p, x); }
+  static void stream(double* p, Reg x) { _mm256_stream_pd(p, x); }
+  static void fence() { _mm_sfence(); }
   static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_pd(a, b); }

@@ -22,6 +22,8 @@ struct Avx512F32 {
   }
   static Reg load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void store(float* p, Reg x) { _mm512_storeu_ps(p, x); }
+  static void stream(float* p, Reg x) { _mm512_stream_ps(p, x); }
+  static void fence() { _mm_sfence(); }
   static void store(BF16* p, Reg x) {
     // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
     const __m512i bits = _mm512_castps_si512(x);
@@ -76,6 +78,8 @@ struct Avx512F64 {
   static T first(Reg a) { return _mm512_cvtsd_f64(a); }
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, Reg x) { _mm512_storeu_pd(p, x); }
+  static void stream(double* p, Reg x) { _mm512_stream_pd(p, x); }
+  static void fence() { _mm_sfence(); }
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }

@@ -19,6 +19,8 @@ struct NeonF32 {
   static Reg load(const BF16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
   static Reg load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
   static void store(float* p, Reg x) { vst1q_f32(p, x); }
+  static void stream(float* p, Reg x) { vst1q_f32(p, x); }
+  static void fence() {}
   static void store(BF16* p, Reg x) {
     const uint32x4_t bits = vreinterpretq_u32_f32(x);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -62,6 +64,8 @@ struct NeonF64 {
   static T first(Reg a) { return vgetq_lane_f64(a, 0); }
   static Reg load(const double* p) { return vld1q_f64(p); }
   static void store(double* p, Reg x) { vst1q_f64(p, x); }
+  static void stream(double* p, Reg x) { vst1q_f64(p, x); }
+  static void fence() {}
   static Reg add(Reg a, Reg b) { return vaddq_f64(a, b); }
   static Reg sub(Reg a, Reg b) { return vsubq_f64(a, b); }
   static Reg mul(Reg a, Reg b) { return vmulq_f64(a, b); }

@@ -97,6 +97,8 @@ struct ScalarF32 {
   static Reg load(const BF16* p) { return widen(*p); }
   static Reg load(const F16* p) { return widen(*p); }
   static void store(float* p, Reg x) { *p = x; }
+  static void stream(float* p, Reg x) { *p = x; }  // past the caches, to an aligned place; fence() ends a run of them
+  static void fence() {}
   static void store(BF16* p, Reg x) { *p = to_bf16(x); }
   static void store(F16* p, Reg x) { *p = to_f16(x); }
   static Reg add(Reg a, Reg b) { return a + b; }
@@ -130,6 +132,8 @@ struct ScalarF64 {
   static T first(Reg a) { return a; }
   static Reg load(const double* p) { return *p; }
   static void store(double* p, Reg x) { *p = x; }
+  static void stream(double* p, Reg x) { *p = x; }
+  static void fence() {}
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg sub(Reg a, Reg b) { return a - b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
