@@ -25,6 +25,7 @@ CODES = {torch.float32: _cpu.F32, torch.float64: _cpu.F64, torch.float16: _cpu.F
 _HUGE_PAGES_FROM = 1 << 22  # bytes: two huge pages
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+CPU = torch.device("cpu")
 _TENSORS = (Tensor, torch.nn.Parameter)
 # Autograd's own vmap (is_grads_batched) hands tensors to backward that only the dispatcher can take apart.
 is_batched_by_autograd = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
@@ -94,8 +95,8 @@ def cross_entropy(
     """The loss, what backward needs of each row (max, rest, mass) if `keep`, and the factor 1 / denominator."""
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     rows = row_shape(logits.shape, dim)
-    loss = torch.empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype), device="cpu")
-    saved = torch.empty((*rows, 3), dtype=torch.float64, device="cpu") if keep else None
+    loss = torch.empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype), device=CPU)
+    saved = torch.empty((*rows, 3), dtype=torch.float64, device=CPU) if keep else None
     ids, soft = _targets(target, dim)
     used = _cpu.cross_entropy(
         _describe(logits, dim),
@@ -272,7 +273,7 @@ def _cross_entropy_op(
     *options, reduction, denominator = rest
     loss, saved, scale = cross_entropy(logits, target, weight, bias, Options(*options), reduction, denominator, True)
     assert saved is not None
-    return loss, saved, torch.tensor(scale, dtype=torch.float64, device="cpu")
+    return loss, saved, torch.tensor(scale, dtype=torch.float64, device=CPU)
 
 
 def _cross_entropy_fake(
@@ -369,7 +370,7 @@ def _row_gradient_vmap(op: Any) -> Any:
         rows = saved.shape[:-1]
         factor = upstream.reshape(size, *upstream.shape[1:]) * scale.reshape(size, *[1] * (upstream.ndim - 1))
         factor = factor.reshape(size, *([1] * (len(rows) - 1) if upstream.ndim == 1 else rows[1:])).expand(rows)
-        one = torch.ones((), dtype=torch.float64, device="cpu")
+        one = torch.ones((), dtype=torch.float64, device=CPU)
         out = op(
             factor.contiguous(),
             logits,
