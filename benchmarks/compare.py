@@ -21,7 +21,21 @@ def compare_all(case: Case, peers: Mapping[str, Peer], operations: Sequence[str]
     jobs: dict[str, Job] = {}
     errors: dict[str, check.Errors | None] = {}
     wrong: list[Row] = []
-    for peer in peers.values():
+    timings: dict[str, Timing] = {}
+    for apart in (False, True):
+        chosen = [peer for peer in peers.values() if peer.apart == apart]
+        ready = _check_all(chosen, case, operations, errors, wrong)
+        timings |= interleave(ready, rounds, frozenset(name for name in ready if peers[name].slow))
+        jobs |= ready
+    return [_row(case, name, errors[name], jobs[name], timings) for name in peers if name in jobs] + wrong
+
+
+def _check_all(
+    peers: Sequence[Peer], case: Case, operations: Sequence[str], errors: dict[str, check.Errors | None], wrong: list[Row]
+) -> dict[str, Job]:
+    """Returns the jobs that answer rightly; notes their errors, and the rows of those that do not."""
+    jobs: dict[str, Job] = {}
+    for peer in peers:
         operation = next((name for name in operations if name in peer.jobs), None)
         if operation is None:
             continue
@@ -42,8 +56,7 @@ def compare_all(case: Case, peers: Mapping[str, Peer], operations: Sequence[str]
             wrong.append(_row(case, peer.name, None) | {"wrong": f"{type(error).__name__}: {error}"})
             continue
         jobs[peer.name] = job
-    timings = interleave(jobs, rounds, frozenset(name for name in jobs if peers[name].slow))
-    return [_row(case, name, errors[name], jobs[name], timings) for name in jobs] + wrong
+    return jobs
 
 
 class WrongAnswer(Exception):

@@ -72,7 +72,7 @@ def _run_rounds(
     gc.disable()
     try:
         for turn in range(rounds):
-            start = turn % len(names)
+            start = turn % max(1, len(names))
             for name in names[start:] + names[:start]:
                 if turn < 3 or name not in slow:
                     seconds[name].append(once(name))

@@ -31,6 +31,7 @@ class Peer:
     bounds: Mapping[str, Bound] = field(default_factory=dict)  # by dtype; none: the answer is not a loss
     slow: bool = False  # run in the first rounds only
     order: int = 50  # place in tables
+    apart: bool = False  # runs after the others: its threads stay busy for a while after its answer, and would slow them down
 
 
 def load() -> tuple[dict[str, Peer], dict[str, str]]:

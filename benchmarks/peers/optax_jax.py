@@ -58,4 +58,4 @@ class OptaxGradient(OptaxLoss):
 
 
 def peers() -> list[Peer]:
-    return [Peer("optax (jax)", {"loss": OptaxLoss, "gradient": OptaxGradient}, BOUNDS, order=46)]
+    return [Peer("optax (jax)", {"loss": OptaxLoss, "gradient": OptaxGradient}, BOUNDS, order=46, apart=True)]
