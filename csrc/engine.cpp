@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kSerialElements = 32 * 1024;      // below, waking a thread costs more than it brings
 constexpr int64_t kTaskElements = 64 * 1024;        // what one task should hold at least
+constexpr int64_t kTasksOfLarge = 16;               // tasks a thread in a large call: long stretches of memory, see below
 constexpr int64_t kStreamBytes = int64_t{1} << 25;  // a gradient from here on would only push other data out of the caches
 constexpr int64_t kItemsize[] = {4, 8, 2, 2};       // by Dtype
 constexpr int kTasksPerThread = 4;                  // fewer tiles than that a thread: split within the rows
@@ -130,7 +131,10 @@ class Run {
       run_split();
       return;
     }
-    const int64_t grain = std::max<int64_t>(1, kTaskElements / (tiling_.rows_per_tile() * s_.pass.classes));
+    // Threads that write to one huge page at the same time both fault it in, and each clears a page of its own for it: so a
+    // task is as long a stretch of rows as leaves each thread enough tasks to even out.
+    const int64_t least = kTaskElements / (tiling_.rows_per_tile() * s_.pass.classes);
+    const int64_t grain = std::max<int64_t>({1, least, tiling_.count() / (threads_ * kTasksOfLarge)});
     parallel_for((tiling_.count() + grain - 1) / grain, threads_, [&](int64_t task) {
       thread_local TileWork work;
       for (int64_t tile = task * grain; tile < std::min(tiling_.count(), (task + 1) * grain); ++tile) {

@@ -48,6 +48,7 @@ struct Pass {
 struct Partial {
   double max;          // max z
   double sum;          // sum exp(z - ref)
+  double rest;         // sum - 1; where that is less than 1, summed without the maximal class
   double sum_x;        // sum exp(z - ref) * (z - ref)
   double sum_sq;       // sum exp(z - ref)^2
   double weighted;     // sum w (z - ref)

@@ -91,9 +91,10 @@ def distance_of_the_others(log_p):
 
 
 def confident_slack(log_p, dtype):
-    """What the loss of a confident row may be off, besides a few ulp."""
+    """What the loss of a confident row may be off, besides a few ulp; probabilities below the smallest normal number are 0."""
     _, rest, distance = distance_of_the_others(log_p)
-    return (rest + distance)[:, 0] * GRADIENT_UNIT[accumulation(dtype).name]
+    name = accumulation(dtype).name
+    return (rest + distance)[:, 0] * GRADIENT_UNIT[name] + log_p.shape[-1] * SMALLEST_NORMAL[name]
 
 
 def gradient_bound(expected, scale, log_p, dtype, extra=0.0, flushed=1.0):

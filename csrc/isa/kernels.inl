@@ -50,6 +50,28 @@ void gather(const Pass& pass, const Tile& logits, int rows, const TargetIds& ids
   }
 }
 
+// The first place of the maximum of a padded row.
+template <class V>
+inline int index_of_max(const typename V::T* z, int n, typename V::T max) {
+  for (int i = 0; i < n; i += V::kWidth) {
+    if (V::count_greater(V::set(max), V::load(z + i)) == V::kWidth) continue;
+    for (int j = i; j < i + V::kWidth && j < n; ++j) {
+      if (z[j] == max) return j;
+    }
+  }
+  return -1;
+}
+
+// sum exp(z - max) without the first class of the maximal logit: what its 1 would round away. `room` takes the row.
+template <class V>
+inline double sum_without_max(const typename V::T* z, int n, typename V::T max, typename V::T* room) {
+  __builtin_memcpy(room, z, padded(n) * sizeof *z);
+  room[index_of_max<V>(z, n, max)] = -static_cast<typename V::T>(__builtin_huge_val());
+  Partial without = {};
+  exp_sums<V, false, false>(room, n, max, nullptr, 0, without);
+  return without.sum;
+}
+
 template <class V>
 void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, Partial* partials,
           const TargetIds& ids, double* target_z, int64_t* ranks, Scratch& scratch) {
@@ -75,6 +97,9 @@ void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int6
       const A ref = finite_reference(max);
       out.max = max;
       sums(z, n, ref, next_block(logits, block, ahead_bytes), ahead_bytes, out);
+      // A class that holds more than half of the block, perhaps of the row.
+      const bool confident = out.sum >= 1.0 && out.sum < 2.0;
+      out.rest = confident ? sum_without_max<V>(z, n, max, static_cast<A*>(scratch.derivative)) : out.sum - 1.0;
       if (weight) weighted_sums<V, false>(z, weight, nullptr, n, ref, out.weighted, out.weight);
       if (q) {
         const A* w = weight ? weight : stage_weight<A>(pass, block, scratch);
@@ -94,14 +119,6 @@ void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int6
   }
 }
 
-template <class A>
-inline int index_of(const A* z, int n, A value) {
-  for (int j = 0; j < n; ++j) {
-    if (z[j] == value) return j;
-  }
-  return -1;
-}
-
 template <class V>
 void finish(const Pass& pass, const Tile& logits, int rows, const Partial* partials, RowStats* stats, Scratch& scratch) {
   using A = typename V::T;
@@ -115,16 +132,12 @@ void finish(const Pass& pass, const Tile& logits, int rows, const Partial* parti
     RowStats s = {};
     s.max = parts[top].max;
     s.argmax = -1;
-    double others = 0, top_sum = 0, sum_x = 0, sum_sq = 0;
+    double others = 0, sum_x = 0, sum_sq = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const Partial& part = parts[b];
       const double shift = finite_reference(part.max) - s.max;
       const double scale = part.max == s.max ? 1.0 : part.sum == 0.0 ? 0.0 : exp_nonpositive(part.max - s.max);
-      if (b == top) {
-        top_sum = part.sum;
-      } else {
-        others += part.sum * scale;
-      }
+      if (b != top) others += part.sum * scale;
       sum_x += (part.sum_x + (scale == 0.0 ? 0.0 : shift * part.sum)) * scale;
       sum_sq += part.sum_sq * scale * scale;
       if (part.weight != 0.0) s.weighted += part.weighted + shift * part.weight;
@@ -132,25 +145,15 @@ void finish(const Pass& pass, const Tile& logits, int rows, const Partial* parti
       s.weight += part.weight;
       s.soft_weight += part.soft_weight;
     }
-    const double sum = top_sum + others;
+    const double sum = parts[top].sum + others;
     const bool valid = sum >= 1.0;  // neither NaN nor a row of only -inf
-    s.rest = valid ? sum - 1.0 : __builtin_nan("");
-    // A class that holds more than half of the probability: its 1 would round away what the rest adds up to.
-    const bool confident = valid && sum < 2.0;
-    if (confident || (valid && (pass.want & kWantArgmax))) {
-      const int n = block_length(pass.classes, top);
+    s.rest = valid ? parts[top].rest + others : __builtin_nan("");
+    if (valid && (pass.want & kWantArgmax)) {
       Tile row = logits;
       with_storage(logits.dtype,
                    [&](auto tag) { row.data = reinterpret_cast<char*>(element<typename decltype(tag)::Type>(logits, r, 0)); });
-      A* z = const_cast<A*>(stage_logits<V>(pass, row, 1, top, scratch, false, /*may_alias=*/false).z);
-      const int at = index_of<A>(z, n, static_cast<A>(s.max));
-      s.argmax = top * kBlock + at;
-      if (confident) {
-        z[at] = -static_cast<A>(__builtin_huge_val());
-        Partial without = {};
-        exp_sums<V, false, false>(z, n, static_cast<A>(s.max), nullptr, 0, without);
-        s.rest = without.sum + others;
-      }
+      const A* z = stage_logits<V>(pass, row, 1, top, scratch).z;
+      s.argmax = top * kBlock + index_of_max<V>(z, block_length(pass.classes, top), static_cast<A>(s.max));
     }
     s.log_sum = log1p_nonnegative(s.rest);
     const double inv_sum = 1.0 / (1.0 + s.rest);
