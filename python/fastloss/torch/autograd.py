@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastloss._options import row_shape
-from fastloss.torch import ops, plain
+from fastloss.torch import (
+    batching,  # noqa: F401  its import registers the rules for vmap
+    ops,
+    plain,
+)
 from fastloss.torch.ops import Options
 
 LOGITS, TARGET = 0, 1
