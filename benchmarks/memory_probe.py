@@ -13,6 +13,8 @@ import resource
 import sys
 from pathlib import Path
 
+import fastloss
+
 from .cases import Case
 from .jobs import Unsupported
 from .peers import load
@@ -60,6 +62,7 @@ def main() -> None:
     job.release()
     job.prepare()
     gc.collect()
+    fastloss.release_memory()  # what fastloss keeps for the next gradient counts as well
     before = resident()
     exact = reset_peak()
     job.run()

@@ -9,10 +9,11 @@
 #include <string>
 #include <tuple>
 
+#include "bandwidth.hpp"
 #include "cross_entropy.hpp"
 #include "dispatch.hpp"
-#include "memory.hpp"
 #include "parallel.hpp"
+#include "recycled.hpp"
 #include "stats.hpp"
 
 namespace py = pybind11;
@@ -140,7 +141,12 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     use_torch_pool(reinterpret_cast<TorchParallelFor>(parallel), reinterpret_cast<TorchGetNumThreads>(count));
   });
   m.def("build_info", &build_info);
-  m.def("advise_huge_pages", [](uintptr_t data, size_t bytes) { advise_huge_pages(pointer(data), bytes); });
+  py::class_<RecycledBlock>(m, "RecycledBlock", py::buffer_protocol())
+      .def(py::init<size_t>())
+      .def_buffer([](RecycledBlock& block) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.bytes()));
+      });
+  m.def("release_recycled", &release_recycled);
   m.def("stream_read", [](uintptr_t data, size_t bytes) {
     const py::gil_scoped_release release;
     stream_read(pointer<const void>(data), bytes);

@@ -49,11 +49,21 @@ inline void widen_run(const T* x, int n, typename V::T* z) {
   for (; i < n; ++i) z[i] = static_cast<typename V::T>(widen(x[i]));
 }
 
+// Writes one register, past the caches if that is wanted and `x` is aligned to what is written.
 template <class V, class T>
-inline void narrow_run(const typename V::T* z, int n, T* x) {
+inline void store_or_stream(T* x, typename V::Reg z, bool stream) {
+  if (stream && reinterpret_cast<uintptr_t>(x) % (V::kWidth * sizeof(T)) == 0) {
+    V::stream(x, z);
+  } else {
+    V::store(x, z);
+  }
+}
+
+template <class V, class T>
+inline void narrow_run(const typename V::T* z, int n, T* x, bool stream) {
   int i = 0;
   if constexpr (kNative<V, T>) {
-    for (; i + V::kWidth <= n; i += V::kWidth) V::store(x + i, V::load(z + i));
+    for (; i + V::kWidth <= n; i += V::kWidth) store_or_stream<V>(x + i, V::load(z + i), stream);
   }
   for (; i < n; ++i) x[i] = narrow<T>(z[i]);
 }
@@ -134,11 +144,11 @@ inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename
 
 template <class V>
 inline void store_tile(const typename V::T* z, int64_t stride, int64_t first, int n, int rows, const Tile& tile,
-                       bool may_stream = false) {
+                       bool stream = false) {
   with_storage(tile.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     if (tile.class_step == 1) {
-      for (int r = 0; r < rows; ++r) narrow_run<V>(z + r * stride, n, element<T>(tile, r, first));
+      for (int r = 0; r < rows; ++r) narrow_run<V>(z + r * stride, n, element<T>(tile, r, first), stream);
       return;
     }
     const auto turn = [&](int row, int column) {
@@ -149,14 +159,7 @@ inline void store_tile(const typename V::T* z, int64_t stride, int64_t first, in
         transpose<V>(square);
 #pragma GCC unroll 16
         for (int j = 0; j < V::kWidth; ++j) {
-          T* out = element<T>(tile, row, first + column + j);
-          if constexpr (sizeof(T) == sizeof(typename V::T)) {
-            if (may_stream && reinterpret_cast<uintptr_t>(out) % sizeof(typename V::Reg) == 0) {
-              V::stream(out, square[j]);
-              continue;
-            }
-          }
-          V::store(out, square[j]);
+          store_or_stream<V>(element<T>(tile, row, first + column + j), square[j], stream);
         }
       }
     };

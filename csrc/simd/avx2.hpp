@@ -24,7 +24,12 @@ struct Avx2F32 {
   static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
   static void stream(float* p, Reg x) { _mm256_stream_ps(p, x); }
   static void fence() { _mm_sfence(); }
-  static void store(BF16* p, Reg x) {
+  static void store(BF16* p, Reg x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16_bits(x)); }
+  static void store(F16* p, Reg x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), f16_bits(x)); }
+  static void stream(BF16* p, Reg x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), bf16_bits(x)); }
+  static void stream(F16* p, Reg x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), f16_bits(x)); }
+  static __m128i f16_bits(Reg x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+  static __m128i bf16_bits(Reg x) {
     // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -34,10 +39,7 @@ struct Avx2F32 {
         _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(chosen), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
-  }
-  static void store(F16* p, Reg x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    return _mm256_castsi256_si128(packed);
   }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }

@@ -24,16 +24,18 @@ struct Avx512F32 {
   static void store(float* p, Reg x) { _mm512_storeu_ps(p, x); }
   static void stream(float* p, Reg x) { _mm512_stream_ps(p, x); }
   static void fence() { _mm_sfence(); }
-  static void store(BF16* p, Reg x) {
+  static void store(BF16* p, Reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_bits(x)); }
+  static void store(F16* p, Reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f16_bits(x)); }
+  static void stream(BF16* p, Reg x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bf16_bits(x)); }
+  static void stream(F16* p, Reg x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), f16_bits(x)); }
+  static __m256i f16_bits(Reg x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+  static __m256i bf16_bits(Reg x) {
     // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     const __m512i chosen = _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, half);  // NaN stays NaN
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
-  }
-  static void store(F16* p, Reg x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
   }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }

@@ -19,7 +19,10 @@ struct NeonF32 {
   static Reg load(const BF16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
   static Reg load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
   static void store(float* p, Reg x) { vst1q_f32(p, x); }
-  static void stream(float* p, Reg x) { vst1q_f32(p, x); }
+  template <class T>
+  static void stream(T* p, Reg x) {  // NEON has no streaming stores
+    store(p, x);
+  }
   static void fence() {}
   static void store(BF16* p, Reg x) {
     const uint32x4_t bits = vreinterpretq_u32_f32(x);

@@ -97,7 +97,10 @@ struct ScalarF32 {
   static Reg load(const BF16* p) { return widen(*p); }
   static Reg load(const F16* p) { return widen(*p); }
   static void store(float* p, Reg x) { *p = x; }
-  static void stream(float* p, Reg x) { *p = x; }  // past the caches, to an aligned place; fence() ends a run of them
+  template <class T>
+  static void stream(T* p, Reg x) {  // past the caches, to a place aligned to what is written; fence() ends a run of them
+    store(p, x);
+  }
   static void fence() {}
   static void store(BF16* p, Reg x) { *p = to_bf16(x); }
   static void store(F16* p, Reg x) { *p = to_f16(x); }

@@ -6,7 +6,7 @@ The PyTorch API is `fastloss.torch`; nothing here imports PyTorch.
 
 from fastloss._options import LogitStats
 from fastloss.cross_entropy import cross_entropy
-from fastloss.runtime import available_isas, build_info, get_num_threads, isa, set_num_threads
+from fastloss.runtime import available_isas, build_info, get_num_threads, isa, release_memory, set_num_threads
 from fastloss.stats import logit_stats
 
 __version__ = build_info()["version"]
@@ -19,5 +19,6 @@ __all__ = [
     "get_num_threads",
     "isa",
     "logit_stats",
+    "release_memory",
     "set_num_threads",
 ]

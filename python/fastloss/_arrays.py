@@ -64,7 +64,11 @@ def class_ids(array: Array) -> Array:
 
 
 def fresh(like: Array) -> Array:
-    """Returns an uninitialised array with the shape, dtype and memory order of another; a large one on huge pages."""
-    array = np.empty_like(like, subok=False)
-    _cpu.advise_huge_pages(address(array), array.nbytes)
+    """Returns an uninitialised array with the shape, dtype and memory order of another; a large one in recycled memory."""
+    if like.nbytes < _options.RECYCLED_FROM:
+        return np.empty_like(like, subok=False)
+    outermost_first = sorted(range(like.ndim), key=lambda axis: -abs(like.strides[axis]))
+    shape = [like.shape[axis] for axis in outermost_first]
+    block = memoryview(_cpu.RecycledBlock(like.nbytes))
+    array: Array = np.ndarray(shape, like.dtype, buffer=block).transpose(np.argsort(outermost_first))
     return array

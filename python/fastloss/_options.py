@@ -47,6 +47,7 @@ STATISTICS = LogitStats._fields
 TARGET_STATISTICS = ("logprob", "rank")
 INTEGER_STATISTICS = ("argmax", "rank")
 NONE, MEAN, SUM = 0, 1, 2
+RECYCLED_FROM = 1 << 22  # bytes, two huge pages: results from here on live in recycled memory
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 

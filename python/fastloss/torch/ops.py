@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from fastloss import _cpu
-from fastloss._options import NONE, row_shape
+from fastloss._options import NONE, RECYCLED_FROM, row_shape
 
 CODES = {torch.float32: _cpu.F32, torch.float64: _cpu.F64, torch.float16: _cpu.F16, torch.bfloat16: _cpu.BF16}
 
-_HUGE_PAGES_FROM = 1 << 22  # bytes: two huge pages
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 CPU = torch.device("cpu")
@@ -75,11 +74,12 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _fresh_gradient(like: Tensor) -> Tensor:
-    grad = torch.empty_like(like)
-    if grad.nbytes >= _HUGE_PAGES_FROM:
-        _cpu.advise_huge_pages(grad.data_ptr(), grad.nbytes)
-    return grad
+def fresh(like: Tensor) -> Tensor:
+    """An uninitialised tensor with the shape, dtype and memory order of another; a large one in recycled memory."""
+    if like.nbytes < RECYCLED_FROM:
+        return torch.empty_like(like)
+    flat = torch.frombuffer(_cpu.RecycledBlock(like.nbytes), dtype=like.dtype)
+    return flat.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
 
 
 def cross_entropy(
@@ -129,7 +129,7 @@ def cross_entropy_backward(
 ) -> Tensor:
     """The gradient by the logits; over the logits themselves with `inplace`."""
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
-    grad = logits if inplace else _fresh_gradient(logits)
+    grad = logits if inplace else fresh(logits)
     ids, soft = _targets(target, dim)
     upstream = upstream.resolve_neg().contiguous()
     _cpu.cross_entropy_backward(
@@ -160,7 +160,7 @@ def soft_target_gradient(
     options: Options,
 ) -> Tensor:
     """The gradient by target probabilities."""
-    out = _fresh_gradient(target)
+    out = fresh(target)
     upstream = upstream.resolve_neg().contiguous()
     _cpu.soft_target_gradient(
         _describe(logits, options.dim),
@@ -213,7 +213,7 @@ def gradient(
     temperature: float,
 ) -> Tensor:
     """p (a + b (z - max) + c p) + d less the target coefficients at their ids, through the transform."""
-    grad = _fresh_gradient(logits)
+    grad = fresh(logits)
     if target is not None:
         target = target.contiguous()
     k = 1 if target is None or target.ndim == saved.ndim - 1 else target.shape[-1]

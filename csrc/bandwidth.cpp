@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "memory.hpp"
+#include "bandwidth.hpp"
 
 #include <stdint.h>
 
@@ -7,14 +7,10 @@
 #include <atomic>
 
 #include "parallel.hpp"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace fastloss {
 namespace {
 
-constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kPiece = size_t{1} << 20;
 
 template <class F>
@@ -26,18 +22,6 @@ void in_pieces(size_t bytes, F f) {
 }
 
 }  // namespace
-
-void advise_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  // Advice only: where the kernel has no huge pages, small ones serve.
-  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
 
 void stream_read(const void* data, size_t bytes) {
   static std::atomic<uint64_t> sink;
