@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Module _cpu: pointers, shapes and options in, the GIL released, errors out; nothing else. Python has checked the arguments.
-#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "bandwidth.hpp"
 #include "cross_entropy.hpp"
@@ -21,95 +20,153 @@ using namespace fastloss;
 
 namespace {
 
-// (pointer, dtype, shape, strides in elements, class axis)
-using TensorArgs = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>, int>;
-using TargetArgs = std::tuple<uintptr_t, int>;                // (pointer, itemsize)
-using TransformArgs = std::tuple<double, double, uintptr_t>;  // (temperature, softcap, bias pointer)
-using UpstreamArgs = std::tuple<uintptr_t, int, int64_t>;     // (pointer, dtype, step)
-
 template <class T = void>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Tensor tensor(const TensorArgs& args) {
-  const auto& [address, dtype, shape, strides, axis] = args;
-  // An empty tensor may have no memory at all; a Tensor is there when its pointer is.
-  static char nothing[8];
-  return {address ? pointer<char>(address) : nothing, static_cast<Dtype>(dtype), shape, strides, axis};
+// Something has to stand where an empty array has no memory at all: a Tensor and Targets are there when their pointers are.
+int64_t nothing;
+
+int64_t integer(PyObject* number) {
+  const int64_t value = PyLong_AsLongLong(number);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
 }
 
-Tensor tensor(const std::optional<TensorArgs>& args) { return args ? tensor(*args) : Tensor{}; }
-
-Targets targets(const std::optional<TargetArgs>& args, int k) {
-  if (!args) return {};
-  static int64_t nothing;
-  const auto& [address, itemsize] = *args;
-  return {address ? pointer<const void>(address) : &nothing, itemsize, k};
+Dtype dtype(PyObject* code) {
+  const int64_t value = integer(code);
+  if (value < kF32 || value > kBF16) throw std::invalid_argument("unknown dtype code " + std::to_string(value));
+  return static_cast<Dtype>(value);
 }
 
-Transform transform(const TransformArgs& args) {
-  const auto& [temperature, softcap, bias] = args;
-  return {1.0 / temperature, softcap, pointer<const void>(bias)};
+double real(PyObject* number) {
+  const double value = PyFloat_AsDouble(number);
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
 }
 
-Upstream upstream(const UpstreamArgs& args) {
-  const auto& [address, dtype, step] = args;
-  return {pointer<const void>(address), static_cast<Dtype>(dtype), step};
+// The items of a tuple, checked by their number alone: Python has built it.
+template <size_t kItems>
+bool unpack(py::handle tuple, std::array<PyObject*, kItems>& items) {
+  if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kItems) return false;
+  for (size_t i = 0; i < kItems; ++i) items[i] = PyTuple_GET_ITEM(tuple.ptr(), i);
+  return true;
 }
 
-double bind_cross_entropy(const TensorArgs& logits, const std::optional<TargetArgs>& target,
-                          const std::optional<TensorArgs>& soft_target, uintptr_t weight, const TransformArgs& z,
-                          int64_t ignore_index, double label_smoothing, double z_loss, int reduction,
-                          std::optional<double> denominator, uintptr_t loss, uintptr_t saved,
-                          const std::optional<TensorArgs>& grad) {
-  const CrossEntropyCall call{tensor(logits), targets(target, 1), tensor(soft_target), pointer<const void>(weight),
-                              transform(z),   ignore_index,       label_smoothing,     z_loss};
-  const Tensor out = tensor(grad);
+bool unpack(PyObject* tuple, std::vector<int64_t>& out) {
+  if (!PyTuple_Check(tuple)) return false;
+  out.resize(PyTuple_GET_SIZE(tuple));
+  for (size_t i = 0; i < out.size(); ++i) out[i] = integer(PyTuple_GET_ITEM(tuple, i));
+  return true;
+}
+
+}  // namespace
+
+// Tuples become structures here: what pybind11 has for nested tuples takes longer than the kernel of a small loss.
+namespace pybind11::detail {
+
+template <>
+struct type_caster<Tensor> {  // (pointer, dtype, shape, strides in elements, class axis), or None
+  PYBIND11_TYPE_CASTER(Tensor, const_name("Tensor"));
+  bool load(handle source, bool) {
+    std::array<PyObject*, 5> item;
+    if (source.is_none()) return true;
+    if (!unpack(source, item) || !unpack(item[2], value.shape) || !unpack(item[3], value.strides)) return false;
+    value.data = pointer<char>(integer(item[0]));
+    if (!value.data) value.data = reinterpret_cast<char*>(&nothing);
+    value.dtype = dtype(item[1]);
+    value.axis = static_cast<int>(integer(item[4]));
+    return true;
+  }
+};
+
+template <>
+struct type_caster<Targets> {  // (pointer, itemsize), or None
+  PYBIND11_TYPE_CASTER(Targets, const_name("Targets"));
+  bool load(handle source, bool) {
+    std::array<PyObject*, 2> item;
+    if (source.is_none()) return true;
+    if (!unpack(source, item)) return false;
+    value.data = pointer(integer(item[0]));
+    if (!value.data) value.data = &nothing;
+    value.itemsize = static_cast<int>(integer(item[1]));
+    return true;
+  }
+};
+
+template <>
+struct type_caster<Transform> {  // (temperature, softcap, bias pointer)
+  PYBIND11_TYPE_CASTER(Transform, const_name("Transform"));
+  bool load(handle source, bool) {
+    std::array<PyObject*, 3> item;
+    if (!unpack(source, item)) return false;
+    value = {1.0 / real(item[0]), real(item[1]), pointer<const void>(integer(item[2]))};
+    return true;
+  }
+};
+
+template <>
+struct type_caster<Upstream> {  // (pointer, dtype, step)
+  PYBIND11_TYPE_CASTER(Upstream, const_name("Upstream"));
+  bool load(handle source, bool) {
+    std::array<PyObject*, 3> item;
+    if (!unpack(source, item)) return false;
+    value = {pointer<const void>(integer(item[0])), dtype(item[1]), integer(item[2])};
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
+
+double bind_cross_entropy(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
+                          const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, int reduction,
+                          std::optional<double> denominator, uintptr_t loss, uintptr_t saved, const Tensor& grad) {
   const py::gil_scoped_release release;
+  const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
+                              z,      ignore_index, label_smoothing, z_loss};
   return cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
-                       pointer<double>(saved), out);
+                       pointer<double>(saved), grad);
 }
 
-void bind_cross_entropy_backward(const TensorArgs& logits, const std::optional<TargetArgs>& target,
-                                 const std::optional<TensorArgs>& soft_target, uintptr_t weight, const TransformArgs& z,
-                                 int64_t ignore_index, double label_smoothing, double z_loss, double scale, uintptr_t saved,
-                                 const UpstreamArgs& u, const TensorArgs& grad) {
-  const CrossEntropyCall call{tensor(logits), targets(target, 1), tensor(soft_target), pointer<const void>(weight),
-                              transform(z),   ignore_index,       label_smoothing,     z_loss};
-  const Tensor out = tensor(grad);
+void bind_cross_entropy_backward(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
+                                 const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, double scale,
+                                 uintptr_t saved, const Upstream& upstream, const Tensor& grad) {
   const py::gil_scoped_release release;
-  cross_entropy_backward(call, scale, pointer<const double>(saved), upstream(u), out);
+  const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
+                              z,      ignore_index, label_smoothing, z_loss};
+  cross_entropy_backward(call, scale, pointer<const double>(saved), upstream, grad);
 }
 
-void bind_soft_target_gradient(const TensorArgs& logits, uintptr_t weight, const TransformArgs& z, double label_smoothing,
-                               double scale, uintptr_t saved, const UpstreamArgs& u, const TensorArgs& out_args) {
+void bind_soft_target_gradient(const Tensor& logits, uintptr_t weight, const Transform& z, double label_smoothing, double scale,
+                               uintptr_t saved, const Upstream& upstream, const Tensor& out) {
+  const py::gil_scoped_release release;
   CrossEntropyCall call;
-  call.logits = tensor(logits);
+  call.logits = logits;
   call.weight = pointer<const void>(weight);
-  call.transform = transform(z);
+  call.transform = z;
   call.label_smoothing = label_smoothing;
-  const Tensor out = tensor(out_args);
-  const py::gil_scoped_release release;
-  soft_target_gradient(call, scale, pointer<const double>(saved), upstream(u), out);
+  soft_target_gradient(call, scale, pointer<const double>(saved), upstream, out);
 }
 
-void bind_statistics(const TensorArgs& logits, const std::optional<TargetArgs>& target, int k, const TransformArgs& z,
-                     const std::array<uintptr_t, 8>& out, uintptr_t saved) {
+void bind_statistics(const Tensor& logits, Targets target, int k, const Transform& z, const std::array<uintptr_t, 8>& out,
+                     uintptr_t saved) {
+  const py::gil_scoped_release release;
   const StatsOutputs outputs{pointer(out[0]),          pointer(out[1]),          pointer(out[2]),
                              pointer(out[3]),          pointer(out[4]),          pointer(out[5]),
                              pointer<int64_t>(out[6]), pointer<int64_t>(out[7]), pointer<double>(saved)};
-  const Tensor x = tensor(logits);
-  const py::gil_scoped_release release;
-  statistics(x, targets(target, k), transform(z), outputs);
+  target.k = k;
+  statistics(logits, target, z, outputs);
 }
 
-void bind_gradient(const TensorArgs& logits, uintptr_t saved, uintptr_t coefficients, const std::optional<TargetArgs>& target,
-                   int k, uintptr_t g, const TransformArgs& z, const TensorArgs& grad) {
-  const Tensor x = tensor(logits), out = tensor(grad);
+void bind_gradient(const Tensor& logits, uintptr_t saved, uintptr_t coefficients, Targets target, int k, uintptr_t g,
+                   const Transform& z, const Tensor& grad) {
   const py::gil_scoped_release release;
-  stats_gradient(x, pointer<const double>(saved), pointer<const double>(coefficients), targets(target, k),
-                 pointer<const double>(g), transform(z), out);
+  target.k = k;
+  stats_gradient(logits, pointer<const double>(saved), pointer<const double>(coefficients), target, pointer<const double>(g), z,
+                 grad);
 }
 
 py::dict build_info() {

@@ -155,7 +155,9 @@ def class_axis(axis: object, shape: Shape, name: str, logits_name: str) -> int:
 
 def row_shape(shape: Shape, axis: int) -> tuple[int, ...]:
     """Returns the shape without the class axis."""
-    return (*shape[:axis], *shape[axis + 1 :])
+    rows = list(shape)  # slices of a torch.Size are slow
+    del rows[axis]
+    return tuple(rows)
 
 
 def check_ids_shape(target: Shape, logits: Shape, axis: int, logits_name: str) -> None:

@@ -30,9 +30,15 @@ def check_rows_target(logits: Tensor, target: Tensor, dim: int) -> Tensor:
     """Class ids, contiguous and of 4 or 8 bytes, or probabilities as they are."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    if (
+        target.dtype is torch.int64
+        and target.is_contiguous()
+        and target.shape == _options.row_shape(logits.shape, dim)
+        and target.is_cpu
+        and logits.is_cpu
+    ):
+        return target  # the usual case, checked with the fewest steps
     check_device("target", target, logits)
-    if target.dtype == torch.int64 and target.is_contiguous() and target.shape == _options.row_shape(logits.shape, dim):
-        return target
     if target.dtype in CODES:
         if target.layout is not torch.strided:
             raise TypeError(f"target must be a dense tensor, got {target.layout}")

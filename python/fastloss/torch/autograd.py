@@ -83,6 +83,10 @@ class CrossEntropy(Function):
         return by_logits, by_target, None, None, None, None, None, None
 
 
+# `Function.apply` without its question whether `torch.func` is at work, where the caller has asked that already.
+apply_cross_entropy = getattr(super(Function, CrossEntropy), "apply", CrossEntropy.apply)
+
+
 class CrossEntropyUnderTransforms(Function):
     """The same for `torch.func`: `grad`, `vmap` and what is made of them."""
 

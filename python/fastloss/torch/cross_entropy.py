@@ -13,7 +13,7 @@ from torch.nn import _reduction as legacy
 from fastloss import _options
 from fastloss.torch import ops
 from fastloss.torch.arguments import check_logits, check_rows_target, per_class
-from fastloss.torch.autograd import CrossEntropy, CrossEntropyUnderTransforms
+from fastloss.torch.autograd import CrossEntropy, CrossEntropyUnderTransforms, apply_cross_entropy
 from fastloss.torch.ops import Options
 
 
@@ -116,7 +116,7 @@ def cross_entropy(
     elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         if inplace:
             _check_inplace(input)
-        loss = CrossEntropy.apply(*arguments, inplace)
+        loss = apply_cross_entropy(*arguments, inplace)
     else:
         loss = ops.cross_entropy(*arguments, False)[0]
     return loss if divisor is None else loss / divisor.to(loss.dtype)

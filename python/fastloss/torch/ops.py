@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,16 @@ from fastloss._options import NONE, RECYCLED_FROM, row_shape
 
 CODES = {torch.float32: _cpu.F32, torch.float64: _cpu.F64, torch.float16: _cpu.F16, torch.bfloat16: _cpu.BF16}
 
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 CPU = torch.device("cpu")
+_SCALAR = {dtype: torch.empty((), dtype=accumulation_dtype(dtype), device=CPU) for dtype in CODES}
 _TENSORS = (Tensor, torch.nn.Parameter)
 # Autograd's own vmap (is_grads_batched) hands tensors to backward that only the dispatcher can take apart.
 is_batched_by_autograd = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
@@ -46,14 +54,11 @@ def eager(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or _functorch_active() or _dispatch_modes():
         return False
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _TENSORS or not tensor.is_cpu or tensor.is_neg()):
+        if tensor is None:
+            continue
+        if type(tensor) not in _TENSORS or not tensor.is_cpu or tensor.is_neg():
             return False
     return True
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for the rest."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _describe(tensor: Tensor, dim: int) -> _cpu.Tensor:
@@ -67,7 +72,7 @@ def _ids(target: Tensor | None) -> _cpu.Targets | None:
 def _targets(target: Tensor, dim: int) -> tuple[_cpu.Targets | None, _cpu.Tensor | None]:
     if target.dtype in CODES:
         return None, _describe(target, dim)
-    return _ids(target), None
+    return (target.data_ptr(), target.element_size()), None
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -95,8 +100,10 @@ def cross_entropy(
     """The loss, what backward needs of each row (max, rest, mass) if `keep`, and the factor 1 / denominator."""
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     rows = row_shape(logits.shape, dim)
-    loss = torch.empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype), device=CPU)
-    saved = torch.empty((*rows, 3), dtype=torch.float64, device=CPU) if keep else None
+    # The quickest ways to a scalar and to a small tensor: a small loss takes less time than torch.empty does.
+    scalar = _SCALAR[logits.dtype]
+    loss = torch.empty_like(scalar) if reduction != NONE else torch.empty(rows, dtype=scalar.dtype, device=CPU)
+    saved = torch.from_numpy(np.empty((*rows, 3))) if keep else None
     ids, soft = _targets(target, dim)
     used = _cpu.cross_entropy(
         _describe(logits, dim),
