@@ -11,6 +11,7 @@
 #include "bandwidth.hpp"
 #include "cross_entropy.hpp"
 #include "dispatch.hpp"
+#include "linear.hpp"
 #include "parallel.hpp"
 #include "recycled.hpp"
 #include "stats.hpp"
@@ -123,12 +124,13 @@ namespace {
 
 double bind_cross_entropy(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
                           const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, int reduction,
-                          std::optional<double> denominator, uintptr_t loss, uintptr_t saved, const Tensor& grad) {
+                          std::optional<double> denominator, uintptr_t loss, uintptr_t saved, const Tensor& grad,
+                          SampledGradient* sampled) {
   const py::gil_scoped_release release;
   const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
                               z,      ignore_index, label_smoothing, z_loss};
   return cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
-                       pointer<double>(saved), grad);
+                       pointer<double>(saved), grad, sampled);
 }
 
 void bind_cross_entropy_backward(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
@@ -169,6 +171,34 @@ void bind_gradient(const Tensor& logits, uintptr_t saved, uintptr_t coefficients
                  grad);
 }
 
+int64_t count_kept(const SampledGradient& sampled) {
+  int64_t count = 0;
+  for (const auto& row : sampled.rows) count += static_cast<int64_t>(row.size());
+  return count;
+}
+
+// Starts (one more than there are rows, from `first` up), columns and values, of the accumulation type.
+void copy_kept(const SampledGradient& sampled, int64_t first, uintptr_t start, uintptr_t columns, uintptr_t values, bool wide) {
+  int64_t at = 0;
+  int64_t* next_start = pointer<int64_t>(start);
+  for (const auto& row : sampled.rows) {
+    *next_start++ = first + at;
+    for (const Kept<double>& entry : row) {
+      pointer<int32_t>(columns)[at] = entry.column;
+      if (wide) {
+        pointer<double>(values)[at++] = entry.value;
+      } else {
+        pointer<float>(values)[at++] = static_cast<float>(entry.value);
+      }
+    }
+  }
+  *next_start = first + at;
+}
+
+SparseRows sparse_rows(int64_t rows, uintptr_t start, uintptr_t ids, uintptr_t values) {
+  return {rows, pointer<int64_t>(start), pointer<int32_t>(ids), pointer(values)};
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FASTLOSS_VERSION;
@@ -186,9 +216,32 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("BF16") = static_cast<int>(kBF16);
   m.def("cross_entropy", &bind_cross_entropy);
   m.def("cross_entropy_backward", &bind_cross_entropy_backward);
+  m.def("check_targets", [](const Targets& target, int64_t rows, int64_t classes, std::optional<int64_t> ignore_index) {
+    check_targets(target, rows, classes, ignore_index ? &*ignore_index : nullptr);
+  });
   m.def("soft_target_gradient", &bind_soft_target_gradient);
   m.def("statistics", &bind_statistics);
   m.def("gradient", &bind_gradient);
+  py::class_<SampledGradient>(m, "SampledGradient")
+      .def(py::init([](uint64_t seed, double threshold, uintptr_t token) {
+        return SampledGradient{seed, threshold, pointer<const int64_t>(token), {}};
+      }))
+      .def("count", &count_kept)
+      .def("copy", &copy_kept);
+  m.def("multiply",
+        [](int64_t rows, uintptr_t start, uintptr_t ids, uintptr_t values, const Tensor& matrix, const Tensor& out) {
+          const py::gil_scoped_release release;
+          multiply(sparse_rows(rows, start, ids, values), matrix, out);
+        });
+  m.def("transpose", [](int64_t rows, uintptr_t start, uintptr_t ids, uintptr_t values, bool wide, int64_t columns,
+                        uintptr_t out_start, uintptr_t out_ids, uintptr_t out_values) {
+    const py::gil_scoped_release release;
+    transpose(sparse_rows(rows, start, ids, values), wide ? kF64 : kF32, sparse_rows(columns, out_start, out_ids, out_values));
+  });
+  m.def("accumulate", [](uintptr_t x, int dtype, int64_t n, uintptr_t sum, uintptr_t out, bool out_is_float32) {
+    const py::gil_scoped_release release;
+    accumulate(pointer<const void>(x), static_cast<Dtype>(dtype), n, pointer<const float>(sum), pointer(out), out_is_float32);
+  });
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("set_isa", &set_isa);

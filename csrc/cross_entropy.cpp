@@ -100,11 +100,11 @@ double ordered_sum(const std::vector<double>& values) {
 }  // namespace
 
 double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const double* denominator, void* loss, double* saved,
-                     const Tensor& grad) {
+                     const Tensor& grad, SampledGradient* sampled) {
   const Call call(c);
   const int64_t rows = row_count(c.logits);
   if (c.target) check_targets(c.target, rows, c.logits.shape[c.logits.axis], &c.ignore_index);
-  const double divisor = reduction != Reduction::kMean ? 1.0 : denominator ? *denominator : call.counted(rows);
+  const double divisor = denominator ? *denominator : reduction == Reduction::kMean ? call.counted(rows) : 1.0;
   const double upstream = 1.0 / divisor;
   const Dtype dtype = accumulation(c.logits.dtype);
 
@@ -121,7 +121,11 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
       losses[row] = row_loss;
     }
   };
-  if (grad) {
+  if (sampled) {
+    sweep.sampled = sampled;
+    sampled->rows.resize(rows);
+  }
+  if (grad || sampled) {
     sweep.coefficients = [&](int64_t row, GradientRow& out, double* g) {
       call.row_gradient(row, rows_saved[row], upstream, out, g);
     };

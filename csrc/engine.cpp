@@ -2,12 +2,14 @@
 #include "engine.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "dispatch.hpp"
 #include "parallel.hpp"
+#include "sampled.hpp"
 
 namespace fastloss {
 namespace {
@@ -16,7 +18,6 @@ constexpr int64_t kSerialElements = 32 * 1024;      // below, waking a thread co
 constexpr int64_t kTaskElements = 64 * 1024;        // what one task should hold at least
 constexpr int64_t kTasksOfLarge = 16;               // tasks a thread in a large call: long stretches of memory, see below
 constexpr int64_t kStreamBytes = int64_t{1} << 25;  // a gradient from here on would only push other data out of the caches
-constexpr int64_t kItemsize[] = {4, 8, 2, 2};       // by Dtype
 constexpr int kTasksPerThread = 4;                  // fewer tiles than that a thread: split within the rows
 
 // The axes of the rows of several tensors at once, those that lie behind each other in all of them merged into one.
@@ -51,7 +52,7 @@ class RowLayout {
       offset += row % extents_[d] * strides_[d][tensor];
       row /= extents_[d];
     }
-    return {t.data + offset * kItemsize[t.dtype], t.dtype, strides_.back()[tensor], t.strides[t.axis]};
+    return {t.data + offset * itemsize_of(t.dtype), t.dtype, strides_.back()[tensor], t.strides[t.axis]};
   }
 
  private:
@@ -73,11 +74,11 @@ const RowKernels& kernels_for(Dtype dtype) { return dtype == kF64 ? kernels().f6
 Scratch& scratch() {
   constexpr size_t kBytes = kTileElements * sizeof(double);
   struct Buffers {
-    std::unique_ptr<char[]> memory{new char[4 * kBytes + 64]};
+    std::unique_ptr<char[]> memory{new char[5 * kBytes + 64]};
     Scratch scratch;
     Buffers() {
       char* base = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
-      scratch = {base, base + kBytes, base + 2 * kBytes, base + 3 * kBytes};
+      scratch = {base, base + kBytes, base + 2 * kBytes, base + 3 * kBytes, base + 4 * kBytes};
     }
   };
   thread_local Buffers buffers;
@@ -127,7 +128,7 @@ class Run {
         threads_(rows * sweep.pass.classes < kSerialElements ? 1 : get_num_threads()) {}
 
   void run() {
-    if (threads_ > 1 && blocks_ > 1 && tiling_.count() < threads_ * kTasksPerThread) {
+    if (threads_ > 1 && blocks_ > 1 && tiling_.count() < threads_ * kTasksPerThread && !s_.sampled) {
       run_split();
       return;
     }
@@ -234,8 +235,37 @@ class Run {
 
   void gradient(TileWork& w, int64_t first, int64_t last) const {
     if (!s_.coefficients) return;
+    if (s_.sampled) {
+      sample(w);
+      return;
+    }
     kernels_.gradient(s_.pass, w.logits, w.soft, w.rows, first, last, w.coefficients.data(), target_ids(w), w.g.data(),
                       w.corrected.data(), w.grad, scratch());
+  }
+
+  void sample(TileWork& w) const {
+    for (int r = 0; r < w.rows; ++r) {
+      if (w.coefficients[r].zero) continue;
+      s_.logits.dtype == kF64 ? sample_row<double>(w, r) : sample_row<float>(w, r);
+    }
+  }
+
+  template <class A>
+  void sample_row(TileWork& w, int r) const {
+    const GradientRow& c = w.coefficients[r];
+    const int64_t row = w.first_row + r;
+    const size_t k = s_.targets ? s_.targets.k : 0;
+    std::vector<Kept<double>>& out = s_.sampled->rows[row];
+    if (k == 0 && c.rest != c.rest) out.push_back({0, c.rest});  // no target that would carry the NaN of this row
+    const Sampling sampling{s_.sampled->threshold * std::abs(c.a) * s_.pass.transform.inv_temperature,
+                            random_key(s_.sampled->seed, s_.sampled->token[row])};
+    const TargetIds id{static_cast<int>(k), w.ids.data() + r * k};
+    const Tile logits = layout_.tile(0, row), soft = s_.soft ? layout_.tile(1, row) : Tile{};
+    Kept<A> kept[kBlock];
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const int count = kernels_.sample(s_.pass, logits, soft, block, c, id, w.g.data() + r * k, sampling, kept, scratch());
+      for (int i = 0; i < count; ++i) out.push_back({kept[i].column, kept[i].value});
+    }
   }
 
   const Sweep& s_;
@@ -259,7 +289,7 @@ int64_t row_count(const Tensor& tensor) {
 void Sweep::run() {
   const int64_t rows = row_count(logits);
   if (rows == 0) return;
-  pass.stream = grad && grad.data != logits.data && rows * pass.classes * kItemsize[grad.dtype] >= kStreamBytes;
+  pass.stream = grad && grad.data != logits.data && rows * pass.classes * itemsize_of(grad.dtype) >= kStreamBytes;
   Run(*this, rows).run();
 }
 

@@ -31,6 +31,15 @@ struct Targets {
   }
 };
 
+// What sampling kept of the gradient of each row (sampled.hpp). The threshold is relative to the factor of the row's
+// probabilities, and `token` numbers the rows for their random numbers.
+struct SampledGradient {
+  uint64_t seed = 0;
+  double threshold = 0.0;
+  const int64_t* token = nullptr;
+  std::vector<std::vector<Kept<double>>> rows;
+};
+
 // One call over all rows: statistics if `on_row` is given, then the gradient if `coefficients` is. Both are called once for
 // each row.
 struct Sweep {
@@ -38,6 +47,7 @@ struct Sweep {
   Tensor logits, soft, grad;
   Targets targets;
   bool want_rank = false;
+  SampledGradient* sampled = nullptr;  // in place of a dense gradient
   std::function<bool(int64_t row)> ignored;
   // `stats` is null for an ignored row, whose logits are not looked at.
   std::function<void(int64_t row, const RowStats* stats, const double* target_z, const int64_t* rank)> on_row;
@@ -47,6 +57,8 @@ struct Sweep {
 };
 
 int64_t row_count(const Tensor& tensor);
+
+inline int64_t itemsize_of(Dtype dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
 
 // Writes scale_i w_j (L_i - z_ij) for all rows; `row` gives max, rest and the scale.
 void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& out,

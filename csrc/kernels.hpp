@@ -91,6 +91,24 @@ struct Scratch {
   void* derivative;
   void* soft;
   void* weight;
+  void* gradient;  // of what is sampled
+};
+
+// Two words that make the random numbers of one row.
+struct RandomKey {
+  uint32_t first, second;
+};
+
+// An entry of a gradient that sampling kept.
+template <class A>
+struct Kept {
+  int32_t column;
+  A value;
+};
+
+struct Sampling {
+  double threshold = 0.0;
+  RandomKey key = {};
 };
 
 struct RowKernels {
@@ -112,6 +130,15 @@ struct RowKernels {
                    const GradientRow* coefficients, const TargetIds&, const double* g, double* corrected, const Tile& grad,
                    Scratch&);
 
+  // One row's gradient as `gradient` makes it, sampled (sampled.hpp): writes the kept entries of one block, in ascending order
+  // of columns, to `kept` (Kept<A>, room for kBlock of them), and returns how many.
+  int (*sample)(const Pass&, const Tile& logits, const Tile& soft, int64_t block, const GradientRow& coefficients,
+                const TargetIds&, const double* g, const Sampling&, void* kept, Scratch&);
+
+  // out[h] = sum_k values[k] matrix[ids[k]][h], values of the accumulation type; no k at all gives zeros.
+  void (*weighted_rows)(const Tile& matrix, int64_t width, const int32_t* ids, const void* values, int64_t count,
+                        const Tile& out, bool stream);
+
   // out_ij = scale_i w_j (L_i - z_ij): the gradient of a loss by its soft targets.
   void (*soft_gradient)(const Pass&, const Tile& logits, int rows, int64_t begin, int64_t end, const RowStats* stats,
                         const double* scale, const Tile& out, Scratch&);
@@ -121,6 +148,9 @@ struct Kernels {
   const char* name;
   RowKernels f32;  // logits of float32, float16, bfloat16: accumulated in float32
   RowKernels f64;  // logits of float64
+
+  // out = sum + x, or x where there is no sum: x of a 16-bit type, `out` float32 or rounded to the type of x.
+  void (*accumulate)(const void* x, Dtype dtype, int64_t n, const float* sum, void* out, bool out_is_float32);
 };
 
 extern const Kernels kernels_scalar;

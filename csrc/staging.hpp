@@ -16,6 +16,15 @@ inline int block_length(int64_t classes, int64_t block) {
   return left < kBlock ? static_cast<int>(left) : kBlock;
 }
 
+template <class A>
+struct ScalarOf {
+  using V = ScalarF32;
+};
+template <>
+struct ScalarOf<double> {
+  using V = ScalarF64;
+};
+
 template <class T>
 struct TypeTag {
   using Type = T;

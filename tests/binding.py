@@ -55,6 +55,7 @@ class Call:
             self.loss.ctypes.data,
             self.saved.ctypes.data,
             None if gradient is None else tensor(gradient, self.axis),
+            None,
         )
         return self.loss
 

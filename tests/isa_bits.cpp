@@ -17,8 +17,9 @@ using namespace fastloss;
 namespace {
 
 struct Buffers {
-  std::vector<double> memory = std::vector<double>(4 * kTileElements);
-  Scratch scratch{&memory[0], &memory[kTileElements], &memory[2 * kTileElements], &memory[3 * kTileElements]};
+  std::vector<double> memory = std::vector<double>(5 * kTileElements);
+  Scratch scratch{&memory[0], &memory[kTileElements], &memory[2 * kTileElements], &memory[3 * kTileElements],
+                  &memory[4 * kTileElements]};
 };
 
 template <class T>

@@ -437,7 +437,20 @@ def recorded_calls():
         ours(seeded(4, 5).requires_grad_() * 1, seeded_ids(5, 4), inplace=True).backward()
         stats = fastloss.torch.logit_stats(seeded(4, 5).requires_grad_(), seeded_ids(5, 4), want=STATISTICS)
         sum(getattr(stats, name).sum() for name in STATISTICS).backward()
+        linear = fastloss.torch.linear_cross_entropy
+        for options in ({}, {"reduction": "none"}, {"backward": "sampled", "threshold": 0.25, "seed": 1}):
+            for target in (seeded_ids(5, 4), seeded_probabilities(4, 5)):
+                factors = linear_factors()
+                torch.autograd.grad(linear(*factors, target, **options).sum(), factors, create_graph=True)
+        soft = seeded_probabilities(4, 5).requires_grad_()
+        torch.autograd.grad(linear(*linear_factors(), soft), soft, create_graph=True)
+        stats = fastloss.torch.linear_logit_stats(*linear_factors(), seeded_ids(5, 4), want=STATISTICS)
+        sum(getattr(stats, name).sum() for name in STATISTICS).backward()
     return mode.calls
+
+
+def linear_factors():
+    return seeded(4, 3).requires_grad_(), seeded(5, 3, seed=1).requires_grad_()
 
 
 def test_every_registered_operator_is_called_by_the_public_functions():

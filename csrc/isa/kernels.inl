@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The functions of kernels.hpp for one vector type: tiles are cut into blocks, blocks staged, rows handed to row.hpp.
+#include "../combine.hpp"
 #include "../row.hpp"
+#include "../sampled.hpp"
 
 namespace fastloss {
 namespace {
@@ -21,15 +23,6 @@ template <class A>
 inline A finite_reference(A max) {
   return max == -static_cast<A>(__builtin_huge_val()) ? A(0) : max;
 }
-
-template <class A>
-struct ScalarOf {
-  using V = ScalarF32;
-};
-template <>
-struct ScalarOf<double> {
-  using V = ScalarF64;
-};
 
 template <class A>
 inline Transformed<typename ScalarOf<A>::V> logit_at(const Pass& pass, const Tile& logits, int row, int64_t column) {
@@ -276,13 +269,30 @@ void soft_gradient(const Pass& pass, const Tile& logits, int rows, int64_t begin
 }
 
 template <class V>
+int sample(const Pass& pass, const Tile& logits, const Tile& soft, int64_t block, const GradientRow& coefficients,
+           const TargetIds& ids, const double* g, const Sampling& sampling, void* kept, Scratch& scratch) {
+  using A = typename V::T;
+  const int64_t first = block * kBlock;
+  const int n = block_length(pass.classes, block);
+  A* row = static_cast<A*>(scratch.gradient);
+  Tile grad;  // whose element `first` is the start of the buffer
+  grad.data = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(row) - static_cast<uintptr_t>(first) * sizeof(A));
+  grad.dtype = sizeof(A) == 8 ? kF64 : kF32;
+  double corrected;
+  gradient<V>(pass, logits, soft, 1, block, block + 1, &coefficients, ids, g, &corrected, grad, scratch);
+  for (int j = n; j < padded(n); ++j) row[j] = A(0);
+  return keep_at_random<V>(row, first, n, ids.k ? *ids.id : -1, sampling.threshold, sampling.key, static_cast<Kept<A>*>(kept));
+}
+
+template <class V>
 constexpr RowKernels row_kernels() {
-  return {&gather<V>, &scan<V>, &finish<V>, &gradient<V>, &soft_gradient<V>};
+  return {&gather<V>, &scan<V>, &finish<V>, &gradient<V>, &sample<V>, &weighted_rows<V>, &soft_gradient<V>};
 }
 
 template <class Isa>
 constexpr Kernels make_kernels() {
-  return {Isa::kName, row_kernels<typename Isa::F32>(), row_kernels<typename Isa::F64>()};
+  using F32 = typename Isa::F32;
+  return {Isa::kName, row_kernels<F32>(), row_kernels<typename Isa::F64>(), &accumulate<F32>};
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "../kernels.hpp"
+
 namespace fastloss {
 namespace {
 
@@ -87,6 +89,15 @@ inline F16 narrow<F16>(double x) {
 constexpr uint32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                   0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 
+// 31 random bits for a column: a hash with two rounds of multiplication, the row's second word between them.
+inline int32_t random_bits(uint32_t column, RandomKey key) {
+  uint32_t x = (column * 0x9e3779b1u) ^ key.first;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = x ^ (x >> 15) ^ key.second;
+  x *= 0x846ca68bu;
+  return static_cast<int32_t>((x ^ (x >> 16)) >> 1);
+}
+
 struct ScalarF32 {
   using T = float;
   using Reg = float;
@@ -114,6 +125,11 @@ struct ScalarF32 {
   static Reg copy_sign(Reg a, Reg sign) { return __builtin_copysignf(a, sign); }
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   static int count_greater(Reg a, Reg b) { return a > b; }
+  static uint32_t mask_greater(Reg a, Reg b) { return a > b; }  // bit i: whether element i is greater
+  // Element i: uniform in (0, 1], made of the random bits of `column` + i.
+  static Reg uniform(uint32_t column, RandomKey key) {
+    return fma(static_cast<float>(random_bits(column, key)), 0x1p-31f, 0x1p-32f);
+  }
   static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0f ? 0.0f : x; }
   // Element i of the result is element i + kBy; what lies behind the last is anything.
   template <int kBy>
@@ -147,6 +163,8 @@ struct ScalarF64 {
   static Reg copy_sign(Reg a, Reg sign) { return __builtin_copysign(a, sign); }
   static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   static int count_greater(Reg a, Reg b) { return a > b; }
+  static uint32_t mask_greater(Reg a, Reg b) { return a > b; }
+  static Reg uniform(uint32_t column, RandomKey key) { return fma(random_bits(column, key), 0x1p-31, 0x1p-32); }
   static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0 ? 0.0 : x; }
   template <int kBy>
   static Reg shift_down(Reg a) {

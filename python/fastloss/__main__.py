@@ -68,6 +68,7 @@ def errors(dtype: str) -> tuple[float, float]:
             _arrays.address(loss[row:]),
             0,
             described(grad[row], dtype),
+            None,
         )
     expected_loss, expected_grad = reference(values, target, smoothing)
     loss_error = np.max(np.abs(loss - expected_loss) / np.maximum(1.0, np.abs(expected_loss)))

@@ -28,6 +28,7 @@ def cross_entropy(
     loss: int,
     saved: int,
     grad: Tensor | None,
+    sampled: SampledGradient | None,
     /,
 ) -> float: ...
 def cross_entropy_backward(
@@ -45,6 +46,7 @@ def cross_entropy_backward(
     grad: Tensor,
     /,
 ) -> None: ...
+def check_targets(target: Targets, rows: int, classes: int, ignore_index: int | None, /) -> None: ...
 def soft_target_gradient(
     logits: Tensor,
     weight: int,
@@ -76,6 +78,28 @@ def gradient(
     grad: Tensor,
     /,
 ) -> None: ...
+
+class SampledGradient:
+    """Entries of a gradient that `cross_entropy` keeps at random; `token` holds an int64 a row."""
+
+    def __init__(self, seed: int, threshold: float, token: int, /) -> None: ...
+    def count(self) -> int: ...
+    def copy(self, first: int, start: int, columns: int, values: int, wide: bool, /) -> None: ...
+
+def multiply(rows: int, start: int, ids: int, values: int, matrix: Tensor, out: Tensor, /) -> None: ...
+def transpose(
+    rows: int,
+    start: int,
+    ids: int,
+    values: int,
+    wide: bool,
+    columns: int,
+    out_start: int,
+    out_ids: int,
+    out_values: int,
+    /,
+) -> None: ...
+def accumulate(x: int, dtype: int, n: int, sum: int, out: int, out_is_float32: bool, /) -> None: ...
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_isa(name: str, /) -> None: ...

@@ -8,13 +8,17 @@ except ImportError as error:
 
 from fastloss._options import LogitStats
 from fastloss.torch.cross_entropy import CrossEntropyLoss, cross_entropy
+from fastloss.torch.linear import LinearCrossEntropyLoss, linear_cross_entropy, linear_logit_stats
 from fastloss.torch.stats import entropy_from_logits, logit_stats, selective_log_softmax
 
 __all__ = [
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "LogitStats",
     "cross_entropy",
     "entropy_from_logits",
+    "linear_cross_entropy",
+    "linear_logit_stats",
     "logit_stats",
     "selective_log_softmax",
 ]

@@ -267,7 +267,26 @@ def _statistics_gradient(
     want: tuple[bool, ...],
     *upstreams: Tensor,
 ) -> Tensor:
-    """Four numbers a row, and one a target, from the upstream gradients; then the one gradient kernel."""
+    """The coefficients, then the one gradient kernel."""
+    coefficients, ids, factors = statistics_coefficients(
+        target, logits.shape[dim], saved, entropy, sum_sq_prob, max_prob, argmax, want, upstreams
+    )
+    grad: Tensor = torch.ops.fastloss.gradient(logits, saved, coefficients, ids, factors, bias, dim, softcap, temperature)
+    return grad
+
+
+def statistics_coefficients(
+    target: Tensor | None,
+    classes: int,
+    saved: Tensor,
+    entropy: Tensor,
+    sum_sq_prob: Tensor,
+    max_prob: Tensor,
+    argmax: Tensor,
+    want: tuple[bool, ...],
+    upstreams: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Four numbers a row, and ids with one number each, that the gradient kernel makes the gradient of."""
     rows = saved.shape[:-1]
     u = [upstream.to(torch.float64) for upstream in upstreams]
     a, b, c, d = (torch.zeros_like(saved[..., 0]) for _ in range(4))
@@ -285,7 +304,7 @@ def _statistics_gradient(
         a = a + u[2] * (torch.log1p(saved[..., 1]) - entropy)
         b = b - u[2]
     if want[3]:
-        d = d + u[3] / logits.shape[dim]
+        d = d + u[3] / classes
     if want[4]:
         a = a - 2 * u[4] * sum_sq_prob
         c = c + 2 * u[4]
@@ -294,11 +313,7 @@ def _statistics_gradient(
         g.append(-(u[5] * max_prob).unsqueeze(-1))
         ids.append(argmax.clamp(min=0).unsqueeze(-1))
     coefficients = torch.stack([a, b, c, d], -1)
-    target_ids, target_coefficients = (torch.cat(ids, -1), torch.cat(g, -1)) if ids else (None, None)
-    grad: Tensor = torch.ops.fastloss.gradient(
-        logits, saved, coefficients, target_ids, target_coefficients, bias, dim, softcap, temperature
-    )
-    return grad
+    return (coefficients, torch.cat(ids, -1), torch.cat(g, -1)) if ids else (coefficients, None, None)
 
 
 class StatisticsGradient(Function):

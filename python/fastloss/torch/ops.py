@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors to kernels: the only file that sees a pointer.
+"""Tensors to kernels: pointers are seen here, and in what linear cross-entropy adds (`linear_ops`, `matmul`), and nowhere else.
 
 Each operation is a plain function over CPU tensors. The same function, registered as an operator of PyTorch, serves tracing,
 `torch.compile` and `vmap`; in eager mode the callers skip the dispatcher, which costs more than a small loss does.
@@ -10,7 +10,7 @@ Statistics of rows (`saved`, coefficients) have the shape of the logits without 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,21 +61,25 @@ def eager(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _describe(tensor: Tensor, dim: int) -> _cpu.Tensor:
+def describe(tensor: Tensor, dim: int) -> _cpu.Tensor:
+    """A tensor as the kernels take it, `dim` its class dimension."""
     return tensor.data_ptr(), CODES[tensor.dtype], tensor.shape, tensor.stride(), dim
 
 
-def _ids(target: Tensor | None) -> _cpu.Targets | None:
+def ids_of(target: Tensor | None) -> _cpu.Targets | None:
+    """Contiguous class ids as the kernels take them."""
     return None if target is None else (target.data_ptr(), target.element_size())
 
 
-def _targets(target: Tensor, dim: int) -> tuple[_cpu.Targets | None, _cpu.Tensor | None]:
+def targets_of(target: Tensor, dim: int) -> tuple[_cpu.Targets | None, _cpu.Tensor | None]:
+    """Class ids and probabilities: one of the two."""
     if target.dtype in CODES:
-        return None, _describe(target, dim)
+        return None, describe(target, dim)
     return (target.data_ptr(), target.element_size()), None
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Where the first element is, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -83,8 +87,20 @@ def fresh(like: Tensor) -> Tensor:
     """An uninitialised tensor with the shape, dtype and memory order of another; a large one in recycled memory."""
     if like.nbytes < RECYCLED_FROM:
         return torch.empty_like(like)
-    flat = torch.frombuffer(_cpu.RecycledBlock(like.nbytes), dtype=like.dtype)
-    return flat.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+    return _recycled(like.nbytes, like.dtype).as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+
+
+def fresh_matrix(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised matrix; a large one in recycled memory."""
+    rows, columns = shape
+    nbytes = rows * columns * dtype.itemsize
+    if nbytes < RECYCLED_FROM:
+        return torch.empty((rows, columns), dtype=dtype, device=CPU)
+    return _recycled(nbytes, dtype).view(rows, columns)
+
+
+def _recycled(nbytes: int, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(_cpu.RecycledBlock(nbytes), dtype=dtype)
 
 
 def cross_entropy(
@@ -96,29 +112,35 @@ def cross_entropy(
     reduction: int,
     denominator: float | None,
     keep: bool,
+    grad: Tensor | None = None,
+    sampled: _cpu.SampledGradient | None = None,
 ) -> tuple[Tensor, Tensor | None, float]:
-    """The loss, what backward needs of each row (max, rest, mass) if `keep`, and the factor 1 / denominator."""
+    """The loss, what backward needs of each row (max, rest, mass) if `keep`, and the factor 1 / denominator.
+
+    The gradient by the logits comes from the same trip: all of it in `grad`, which may be the logits, or a sample.
+    """
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     rows = row_shape(logits.shape, dim)
     # The quickest ways to a scalar and to a small tensor: a small loss takes less time than torch.empty does.
     scalar = _SCALAR[logits.dtype]
     loss = torch.empty_like(scalar) if reduction != NONE else torch.empty(rows, dtype=scalar.dtype, device=CPU)
     saved = torch.from_numpy(np.empty((*rows, 3))) if keep else None
-    ids, soft = _targets(target, dim)
+    ids, soft = targets_of(target, dim)
     used = _cpu.cross_entropy(
-        _describe(logits, dim),
+        describe(logits, dim),
         ids,
         soft,
-        _address(weight),
-        (temperature, softcap, _address(bias)),
+        address(weight),
+        (temperature, softcap, address(bias)),
         ignore_index,
         label_smoothing,
         z_loss,
         reduction,
         denominator,
         loss.data_ptr(),
-        _address(saved),
-        None,
+        address(saved),
+        None if grad is None else describe(grad, dim),
+        sampled,
     )
     return loss, saved, 1.0 / used if used else 0.0  # nothing counted: no row has a gradient
 
@@ -137,21 +159,21 @@ def cross_entropy_backward(
     """The gradient by the logits; over the logits themselves with `inplace`."""
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     grad = logits if inplace else fresh(logits)
-    ids, soft = _targets(target, dim)
+    ids, soft = targets_of(target, dim)
     upstream = upstream.resolve_neg().contiguous()
     _cpu.cross_entropy_backward(
-        _describe(logits, dim),
+        describe(logits, dim),
         ids,
         soft,
-        _address(weight),
-        (temperature, softcap, _address(bias)),
+        address(weight),
+        (temperature, softcap, address(bias)),
         ignore_index,
         label_smoothing,
         z_loss,
         scale,
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
-        _describe(grad, dim),
+        describe(grad, dim),
     )
     return grad
 
@@ -170,14 +192,14 @@ def soft_target_gradient(
     out = fresh(target)
     upstream = upstream.resolve_neg().contiguous()
     _cpu.soft_target_gradient(
-        _describe(logits, options.dim),
-        _address(weight),
-        (options.temperature, options.softcap, _address(bias)),
+        describe(logits, options.dim),
+        address(weight),
+        (options.temperature, options.softcap, address(bias)),
         options.label_smoothing,
         scale,
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
-        _describe(out, options.dim),
+        describe(out, options.dim),
     )
     return out
 
@@ -192,16 +214,16 @@ def statistics(
     want: list[bool],
 ) -> list[Tensor]:
     """The eight statistics in the order of LogitStats, empty where not wanted, and `saved`."""
-    outputs = _stats_outputs(logits, target, dim, want)
+    outputs = stats_outputs(logits, target, dim, want)
     rows = row_shape(logits.shape, dim)
     k = 1 if target is None or target.ndim == len(rows) else target.shape[-1]
     if target is not None:
         target = target.contiguous()
     _cpu.statistics(
-        _describe(logits, dim),
-        _ids(target),
+        describe(logits, dim),
+        ids_of(target),
         k,
-        (temperature, softcap, _address(bias)),
+        (temperature, softcap, address(bias)),
         tuple(out.data_ptr() if wanted else 0 for out, wanted in zip(outputs, want, strict=False)),
         outputs[-1].data_ptr(),
     )
@@ -218,9 +240,10 @@ def gradient(
     dim: int,
     softcap: float,
     temperature: float,
+    inplace: bool = False,
 ) -> Tensor:
     """p (a + b (z - max) + c p) + d less the target coefficients at their ids, through the transform."""
-    grad = fresh(logits)
+    grad = logits if inplace else fresh(logits)
     if target is not None:
         target = target.contiguous()
     k = 1 if target is None or target.ndim == saved.ndim - 1 else target.shape[-1]
@@ -228,19 +251,19 @@ def gradient(
     if target_coefficients is not None:
         target_coefficients = target_coefficients.contiguous()
     _cpu.gradient(
-        _describe(logits, dim),
+        describe(logits, dim),
         saved.data_ptr(),
         coefficients.data_ptr(),
-        _ids(target),
+        ids_of(target),
         k,
-        _address(target_coefficients),
-        (temperature, softcap, _address(bias)),
-        _describe(grad, dim),
+        address(target_coefficients),
+        (temperature, softcap, address(bias)),
+        describe(grad, dim),
     )
     return grad
 
 
-def _stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: list[bool]) -> list[Tensor]:
+def stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: list[bool]) -> list[Tensor]:
     """Room for the statistics: on logits of any kind, so that tracing sees the same shapes."""
     rows = row_shape(logits.shape, dim)
     outputs = []
@@ -255,20 +278,20 @@ def _stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: list[b
 
 # ---- the same functions as operators of PyTorch ---------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("fastloss", "DEF")
+LIBRARY = torch.library.Library("fastloss", "DEF")
 _OPTIONS = "int dim, int ignore_index, float label_smoothing, float z_loss, float softcap, float temperature"
 _ROWS = f"Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor? bias, Tensor saved, Tensor scale, {_OPTIONS}"
-_LIBRARY.define(
+LIBRARY.define(
     f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? bias, {_OPTIONS}, int reduction, float? denominator)"
     " -> (Tensor loss, Tensor saved, Tensor scale)"
 )
-_LIBRARY.define(f"cross_entropy_backward({_ROWS}) -> Tensor")
-_LIBRARY.define(f"soft_target_gradient({_ROWS}) -> Tensor")
-_LIBRARY.define(
+LIBRARY.define(f"cross_entropy_backward({_ROWS}) -> Tensor")
+LIBRARY.define(f"soft_target_gradient({_ROWS}) -> Tensor")
+LIBRARY.define(
     "statistics(Tensor logits, Tensor? target, Tensor? bias, int dim, float softcap, float temperature, bool[] want)"
     " -> Tensor[]"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "gradient(Tensor logits, Tensor saved, Tensor coefficients, Tensor? target, Tensor? target_coefficients, Tensor? bias,"
     " int dim, float softcap, float temperature) -> Tensor"
 )
@@ -299,17 +322,17 @@ def _row_gradient_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return op
 
 
-_LIBRARY.impl("cross_entropy", _cross_entropy_op, "CPU")
-_LIBRARY.impl("cross_entropy_backward", _row_gradient_op(cross_entropy_backward), "CPU")
-_LIBRARY.impl("soft_target_gradient", _row_gradient_op(soft_target_gradient), "CPU")
-_LIBRARY.impl("statistics", statistics, "CPU")
-_LIBRARY.impl("gradient", gradient, "CPU")
+LIBRARY.impl("cross_entropy", _cross_entropy_op, "CPU")
+LIBRARY.impl("cross_entropy_backward", _row_gradient_op(cross_entropy_backward), "CPU")
+LIBRARY.impl("soft_target_gradient", _row_gradient_op(soft_target_gradient), "CPU")
+LIBRARY.impl("statistics", statistics, "CPU")
+LIBRARY.impl("gradient", gradient, "CPU")
 torch.library.register_fake("fastloss::cross_entropy", _cross_entropy_fake)
 torch.library.register_fake("fastloss::cross_entropy_backward", lambda upstream, logits, *rest: torch.empty_like(logits))
 torch.library.register_fake("fastloss::soft_target_gradient", lambda upstream, logits, target, *rest: torch.empty_like(target))
 torch.library.register_fake(
     "fastloss::statistics",
-    lambda logits, target, bias, dim, softcap, temperature, want: _stats_outputs(logits, target, dim, want),
+    lambda logits, target, bias, dim, softcap, temperature, want: stats_outputs(logits, target, dim, want),
 )
 torch.library.register_fake("fastloss::gradient", lambda logits, *rest: torch.empty_like(logits))
 

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums of rows: what linear cross-entropy needs besides matrix products.
+#pragma once
+
+#include "staging.hpp"
+
+namespace fastloss {
+namespace {
+
+// out[h] = sum_k values[k] * matrix[ids[k]][h], in the order of k, rounded once. No k at all gives zeros.
+template <class V>
+void weighted_rows(const Tile& matrix, int64_t width, const int32_t* ids, const void* values, int64_t count, const Tile& out,
+                   bool stream) {
+  using A = typename V::T;
+  constexpr int kRegs = 8;
+  const A* factor = static_cast<const A*>(values);
+  with_storage(matrix.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if constexpr (kNative<V, T>) {
+      T* to = reinterpret_cast<T*>(out.data);
+      int64_t h = 0;
+      for (; h + kRegs * V::kWidth <= width; h += kRegs * V::kWidth) {
+        typename V::Reg sum[kRegs];
+        for (auto& reg : sum) reg = V::set(0);
+        for (int64_t k = 0; k < count; ++k) {
+          const T* row = element<const T>(matrix, ids[k], h);
+          const auto f = V::set(factor[k]);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRegs; ++r) sum[r] = V::fma(f, V::load(row + r * V::kWidth), sum[r]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRegs; ++r) store_or_stream<V>(to + h + r * V::kWidth, sum[r], stream);
+      }
+      using S = typename ScalarOf<A>::V;
+      for (; h < width; ++h) {
+        A sum = 0;
+        for (int64_t k = 0; k < count; ++k) {
+          sum = S::fma(factor[k], static_cast<A>(widen(*element<const T>(matrix, ids[k], h))), sum);
+        }
+        to[h] = narrow<T>(sum);
+      }
+    }
+  });
+  if (stream) V::fence();
+}
+
+// out = x, or sum + x: partial sums of 16-bit products, gathered in float32 and rounded at the end.
+template <class V, class T, class Out>
+inline void accumulate_run(const T* x, int64_t n, const float* sum, Out* out) {
+  int64_t i = 0;
+  for (; i + V::kWidth <= n; i += V::kWidth) {
+    const auto value = V::load(x + i);
+    V::store(out + i, sum ? V::add(V::load(sum + i), value) : value);
+  }
+  for (; i < n; ++i) out[i] = narrow<Out>(sum ? sum[i] + widen(x[i]) : widen(x[i]));
+}
+
+template <class V>
+void accumulate(const void* x, Dtype dtype, int64_t n, const float* sum, void* out, bool out_is_float32) {
+  const auto run = [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    const T* from = static_cast<const T*>(x);
+    if (out_is_float32) {
+      accumulate_run<V>(from, n, sum, static_cast<float*>(out));
+    } else {
+      accumulate_run<V>(from, n, sum, static_cast<T*>(out));
+    }
+  };
+  dtype == kBF16 ? run(TypeTag<BF16>{}) : run(TypeTag<F16>{});
+}
+
+}  // namespace
+}  // namespace fastloss

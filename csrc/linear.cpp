@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "linear.hpp"
+
+#include <string.h>
+
+#include <algorithm>
+
+#include "dispatch.hpp"
+#include "parallel.hpp"
+
+namespace fastloss {
+namespace {
+
+constexpr int64_t kTaskElements = 64 * 1024;
+constexpr int64_t kStreamBytes = int64_t{1} << 25;
+
+}  // namespace
+
+void multiply(const SparseRows& sparse, const Tensor& matrix, const Tensor& out) {
+  const int64_t width = matrix.shape[1];
+  const size_t itemsize = itemsize_of(matrix.dtype);
+  const size_t value_size = matrix.dtype == kF64 ? sizeof(double) : sizeof(float);
+  const Tile tile{matrix.data, matrix.dtype, matrix.strides[0], 1};
+  const bool stream = sparse.rows * width * static_cast<int64_t>(itemsize) >= kStreamBytes;
+  const RowKernels& table = matrix.dtype == kF64 ? kernels().f64 : kernels().f32;
+  const int64_t grain = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width));
+  const int threads = sparse.start[sparse.rows] * width < kTaskElements ? 1 : get_num_threads();
+  parallel_for((sparse.rows + grain - 1) / grain, threads, [&](int64_t task) {
+    for (int64_t row = task * grain; row < std::min(sparse.rows, (task + 1) * grain); ++row) {
+      const int64_t begin = sparse.start[row];
+      const Tile to{out.data + row * out.strides[0] * itemsize, out.dtype, 0, 1};
+      table.weighted_rows(tile, width, sparse.ids + begin, static_cast<const char*>(sparse.values) + begin * value_size,
+                          sparse.start[row + 1] - begin, to, stream);
+    }
+  });
+}
+
+void transpose(const SparseRows& sparse, Dtype values, const SparseRows& out) {
+  const int64_t entries = sparse.start[sparse.rows];
+  std::fill(out.start, out.start + out.rows + 1, 0);
+  for (int64_t k = 0; k < entries; ++k) ++out.start[sparse.ids[k] + 1];
+  for (int64_t row = 0; row < out.rows; ++row) out.start[row + 1] += out.start[row];
+  std::vector<int64_t> next(out.start, out.start + out.rows);
+  const size_t size = values == kF64 ? sizeof(double) : sizeof(float);
+  for (int64_t row = 0; row < sparse.rows; ++row) {
+    for (int64_t k = sparse.start[row]; k < sparse.start[row + 1]; ++k) {
+      const int64_t at = next[sparse.ids[k]]++;
+      out.ids[at] = static_cast<int32_t>(row);
+      memcpy(static_cast<char*>(out.values) + at * size, static_cast<const char*>(sparse.values) + k * size, size);
+    }
+  }
+}
+
+void accumulate(const void* x, Dtype dtype, int64_t n, const float* sum, void* out, bool out_is_float32) {
+  const int64_t out_size = out_is_float32 ? 4 : 2;
+  parallel_for((n + kTaskElements - 1) / kTaskElements, n < kTaskElements ? 1 : get_num_threads(), [&](int64_t task) {
+    const int64_t begin = task * kTaskElements;
+    kernels().accumulate(static_cast<const char*>(x) + 2 * begin, dtype, std::min(kTaskElements, n - begin),
+                         sum ? sum + begin : nullptr, static_cast<char*>(out) + out_size * begin, out_is_float32);
+  });
+}
+
+}  // namespace fastloss

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// The sampled backward of linear cross-entropy: few of the gradient's entries are kept, at random, without bias.
+//
+// With c the gradient by one logit and t the threshold, c is kept if |c| > u t, u uniform in (0, 1], with the value
+// sign(c) max(|c|, t): as it is where |c| >= t, else as t with probability |c| / t. The expectation is c, at most
+// sum_j |c_j| / t entries of a row are kept on average, and the variance of an entry is at most t |c|. The rule is the optimal
+// unbiased sparsifier of Wangni et al., "Gradient Sparsification for Communication-Efficient Distributed Optimization" (2018).
+// Random numbers are a hash of (seed, row, column), so that no order of work changes them.
+#pragma once
+
+#include "kernels.hpp"
+
+namespace fastloss {
+namespace {
+
+inline uint64_t mix64(uint64_t x) {  // the finaliser of splitmix64
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+inline RandomKey random_key(uint64_t seed, int64_t row) {
+  const uint64_t bits = mix64(mix64(seed) + 0x9e3779b97f4a7c15 * (static_cast<uint64_t>(row) + 1));
+  return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
+}
+
+// Keeps entries of g[0 ... n), the columns `first` and up of a row; returns how many. `target`, a column of this row or -1, is
+// kept as it is. What is kept stands in ascending order of columns in `out`, which has room for n.
+template <class V>
+inline int keep_at_random(const typename V::T* g, int64_t first, int n, int64_t target, double threshold, RandomKey key,
+                          Kept<typename V::T>* out) {
+  using T = typename V::T;
+  const auto t = V::set(static_cast<T>(threshold));
+  int count = 0;
+  for (int i = 0; i < n; i += V::kWidth) {
+    const int64_t column = first + i;
+    const auto magnitude = V::abs(V::load(g + i));
+    const auto u = V::uniform(static_cast<uint32_t>(column), key);
+    uint32_t mask = V::mask_greater(magnitude, V::mul(u, t));
+    if (n - i < V::kWidth) mask &= (1u << (n - i)) - 1;
+    const bool with_target = target >= column && target < column + V::kWidth && target - first < n;
+    if (with_target) mask |= 1u << (target - column);
+    for (; mask != 0; mask &= mask - 1) {
+      const int bit = __builtin_ctz(mask);
+      const T value = g[i + bit];
+      const T least = __builtin_copysign(static_cast<T>(threshold), value);
+      const bool small = (value < 0 ? -value : value) < static_cast<T>(threshold);
+      out[count++] = {static_cast<int32_t>(column + bit), small && column + bit != target ? least : value};
+    }
+  }
+  return count;
+}
+
+}  // namespace
+}  // namespace fastloss

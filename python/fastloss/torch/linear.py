@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear cross-entropy and statistics of tensors: hidden states and weights in, logits never stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import _options
+from fastloss._chunks import check_chunk_tokens
+from fastloss._options import STATISTICS, LogitStats
+from fastloss.torch import ops
+from fastloss.torch.arguments import as_class_ids, check_device, check_logits, per_class
+from fastloss.torch.linear_autograd import (
+    LinearCrossEntropy,
+    LinearCrossEntropySampled,
+    LinearCrossEntropyUnderTransforms,
+    LinearStatistics,
+)
+from fastloss.torch.ops import CODES
+from fastloss.torch.projection import NOTHING, Wanted
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    logit_bias: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    backward: str = "exact",
+    threshold: float = 1 / 64,
+    seed: int | torch.Generator | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    r"""`cross_entropy(linear(input, linear_weight, linear_bias), target)` with the logits of a few tokens at a time.
+
+    It takes every call of `torch.nn.functional.linear_cross_entropy`. The formula of the loss stands at
+    :func:`fastloss.torch.cross_entropy`. Tokens with the ignored id are left out before the first product.
+
+    ``backward="exact"``: a reduced loss makes its gradients in forward, chunk by chunk, while the logits are there: three
+    matrix products in all. Losses of single tokens (``reduction="none"``) make the logits once more in backward.
+
+    ``backward="sampled"``: of the gradient c by the logits of a token few entries are kept, at random: with u uniform in
+    (0, 1], t the threshold and s the factor of the token's probabilities (1 for a plain cross-entropy), an entry is kept if
+    ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's entry is always kept as it is. The
+    expectation of every entry is exactly c_j, its variance at most ``t * s * abs(c_j)``: t times the variance that the label
+    itself has. On average at most ``1 / t`` entries and the target's are kept (a little more with label smoothing), whatever
+    the number of classes, so that the two products of backward become short sums. The loss is exact. Random numbers are a
+    hash of seed, token and class: for the same logits neither threads, chunks nor instruction set change a bit.
+
+    Args:
+        input: hidden states ``(..., H)``; float32, float64, float16 or bfloat16.
+        linear_weight: ``(C, H)``; or ``(C, d1, ..., dK, H)`` for inputs ``(N, H)``, as in PyTorch.
+        target: class ids ``(...)``, or probabilities ``(..., C)``; with K further dimensions ``(N, d1, ...)``, or
+            ``(N, C, d1, ...)``.
+        linear_bias: ``(C)``, or ``(C, d1, ..., dK)``.
+        weight: class weights ``(C)``; a constant.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        ignore_index: tokens with this id count nothing; None stands for -100. Not for probabilities.
+        label_smoothing: eps in [0, 1].
+        options: a `torch.nn.LinearCrossEntropyOptions`, for its `batch_chunk_size`; everything else in it is of no use here.
+        z_loss: factor of the squared log-sum-exp.
+        softcap: bound of the logits.
+        temperature: divides the logits first.
+        logit_bias: one number a class, added to the transformed logits, shape ``(C)``; a constant.
+        denominator: number or 0-d tensor that divides the sum in place of the counted weights.
+        backward: ``"exact"`` or ``"sampled"``.
+        threshold: t in (0, 1], for the sampled backward.
+        seed: an int or a `torch.Generator`, for the sampled backward; by default a number drawn from PyTorch's generator.
+        chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits.
+
+    Returns:
+        The loss: float64 for float64 inputs and else float32; a scalar, or one number a token for ``"none"``.
+
+    Raises:
+        TypeError: a dtype that is not supported.
+        ValueError: shapes or options that do not fit.
+        IndexError: a class id out of range.
+        NotImplementedError: tensors that are not on the CPU.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
+        >>> head = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], requires_grad=True)
+        >>> loss = linear_cross_entropy(hidden, head, torch.tensor([0, 1]))
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", tuple(hidden.grad.shape), tuple(head.grad.shape))
+        0.3956 (2, 2) (3, 2)
+
+    Source:
+        The sampling rule: Wangni et al., "Gradient Sparsification for Communication-Efficient Distributed Optimization" (2018).
+    """
+    _check_factors(input, linear_weight, linear_bias)
+    if linear_weight.ndim > 2:
+        return _with_further_dimensions(**locals())
+    rows = input.shape[:-1]
+    logits_shape = (*rows, linear_weight.shape[0])
+    ids = _check_target(input, target, logits_shape, ignore_index)
+    checked = _options.loss_options(
+        -100 if ignore_index is None else ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        softcap,
+        temperature,
+        None if isinstance(denominator, Tensor) else denominator,
+    )
+    divisor, code = _tensor_denominator(denominator, reduction, checked.reduction)
+    class_weight = None if weight is None else per_class("weight", weight, linear_weight, 0)
+    logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, linear_weight, 0)
+    chunk = _chunk_tokens(chunk_tokens, options)
+    hidden, head, bias = _autocast(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
+    ids = ids.reshape(-1) if ids.dtype not in CODES else ids.reshape(-1, ids.shape[-1])
+    choices = (checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
+    arguments = (hidden, head, bias, chunk, ids, class_weight, logit_bias, *choices, code, checked.denominator)
+    loss = _run(arguments, _check_backward(backward), _check_threshold(threshold), seed)
+    if divisor is not None:
+        loss = loss / divisor.to(loss.dtype)
+    return loss.reshape(rows) if code == _options.NONE else loss
+
+
+def _run(arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int | torch.Generator | None) -> Tensor:
+    hidden, head, bias, _, target, class_weight, logit_bias = arguments[:7]
+    tensors = (hidden, head, bias, target)
+    compiling = torch.compiler.is_compiling()
+    eager = not compiling and ops.eager(*tensors, class_weight, logit_bias)
+    needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    loss: Tensor
+    with torch.autocast("cpu", enabled=False):
+        if eager and not needs:
+            loss, *_ = torch.ops.fastloss.linear_cross_entropy(*arguments, *NOTHING)
+        elif sampled:
+            if target.requires_grad:
+                raise ValueError("target gets no gradient from backward='sampled': pass target.detach()")
+            loss = LinearCrossEntropySampled.apply(*arguments, threshold, _seed(seed))[0]
+        elif eager:
+            loss = LinearCrossEntropy.apply(*arguments)
+        else:
+            # Under torch.func nobody tells which gradients will be asked for.
+            wanted = Wanted(
+                *(factor is not None and (factor.requires_grad or not compiling) for factor in (hidden, head, bias))
+            )
+            loss = LinearCrossEntropyUnderTransforms.apply(wanted, *arguments)[0]
+    return loss
+
+
+def linear_logit_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    want: str | Iterable[str] | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    logit_bias: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> LogitStats:
+    """`logit_stats(linear(hidden, weight, bias), target)` with the logits of a few tokens at a time.
+
+    Log-probabilities and entropies of single tokens for preference and RL training. All but ``argmax`` and ``rank`` are
+    differentiable; backward makes the logits again, a chunk at a time.
+
+    Args:
+        hidden: hidden states ``(..., H)``; float32, float64, float16 or bfloat16.
+        weight: ``(C, H)``, of the dtype of `hidden`.
+        target: class ids ``(...)``, or ``(..., K)`` for K ids a token.
+        bias: ``(C)``, part of the linear map, differentiable.
+        want: names of statistics, see :func:`fastloss.torch.logit_stats`.
+        softcap: bound of the logits.
+        temperature: divides the logits first.
+        logit_bias: one number a class, added to the transformed logits; a constant.
+        chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits.
+
+    Returns:
+        A :class:`fastloss.LogitStats` with the wanted fields set, of shape ``(...)``; ``logprob`` and ``rank`` of the shape of
+        `target`.
+
+    Raises:
+        TypeError: a dtype that is not supported.
+        ValueError: shapes, names or options that do not fit.
+        IndexError: a class id out of range.
+        NotImplementedError: tensors that are not on the CPU.
+
+    Example:
+        >>> import torch
+        >>> stats = linear_logit_stats(torch.zeros(2, 3), torch.zeros(8, 3), torch.tensor([3, 5]), want=("logprob", "entropy"))
+        >>> print(stats.logprob.exp(), stats.entropy.exp())
+        tensor([0.1250, 0.1250]) tensor([8., 8.])
+    """
+    _check_factors(hidden, weight, bias, ("hidden", "weight", "bias"))
+    if weight.ndim != 2:
+        raise ValueError(f"weight must have shape (C, H), got {tuple(weight.shape)}")
+    rows = hidden.shape[:-1]
+    heat, cap = _options.transform_options(temperature, softcap)
+    names = _options.wanted_statistics(want, target is not None)
+    ids = None
+    if target is not None:
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+        check_device("target", target, hidden)
+        if target.dtype.is_floating_point:
+            raise TypeError(f"target must hold integer class ids, got {str(target.dtype).removeprefix('torch.')}")
+        _options.ids_per_row(target.shape, (*rows, weight.shape[0]), len(rows), "target", "the logits")
+        many = target.ndim > len(rows)
+        ids = as_class_ids(target).reshape((-1, target.shape[-1]) if many else (-1,))
+    logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, weight, 0)
+    wanted = tuple(name in names or (name == "argmax" and "max_prob" in names) for name in STATISTICS)
+    chunk = None if chunk_tokens is None else check_chunk_tokens(chunk_tokens)
+    factors = _autocast(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        outputs = LinearStatistics.apply(*factors, chunk, ids, logit_bias, cap, heat, wanted)
+    found = {}
+    for name, out in zip(STATISTICS, outputs, strict=False):
+        if name in names:
+            of_target = name in _options.TARGET_STATISTICS and target is not None
+            found[name] = out.reshape(target.shape if of_target and target is not None else rows)
+    return LogitStats(**found)
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """`linear_cross_entropy` as a module that owns its head: `torch.nn.LinearCrossEntropyLoss` and the options of fastloss.
+
+    The names in its state are those of PyTorch's module: ``linear.weight``, ``linear.bias``, ``weight``.
+
+    Example:
+        >>> import torch
+        >>> criterion = LinearCrossEntropyLoss(16, 1000, backward="sampled")
+        >>> criterion(torch.zeros(4, 16), torch.zeros(4, dtype=torch.long)).shape
+        torch.Size([])
+    """
+
+    weight: Tensor | None
+    logit_bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        logit_bias: Tensor | None = None,
+        backward: str = "exact",
+        threshold: float = 1 / 64,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        """Takes the size of the head, and the options of `linear_cross_entropy`."""
+        super().__init__()
+        _options.loss_options(ignore_index or 0, reduction, label_smoothing, z_loss, softcap, temperature, None)
+        _check_backward(backward)
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
+        self.linear = torch.nn.Linear(
+            in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype
+        )
+        self.register_buffer("weight", weight)
+        self.register_buffer("logit_bias", logit_bias, persistent=logit_bias is not None)
+        self._options: dict[str, Any] = {
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "options": options,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "temperature": temperature,
+            "backward": backward,
+            "threshold": _check_threshold(threshold),
+            "chunk_tokens": chunk_tokens,
+        }
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        denominator: float | Tensor | None = None,
+        seed: int | torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss of these hidden states, see `linear_cross_entropy`."""
+        shape = (self.num_classes, *self.out_features)
+        bias: Tensor | None = self.linear.bias  # None without a bias, which its type does not say
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=bias if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            logit_bias=self.logit_bias,
+            denominator=denominator,
+            seed=seed,
+            **self._options,
+        )
+
+    def extra_repr(self) -> str:
+        """Shows the options that are not at their defaults."""
+        shown = {name: value for name, value in self._options.items() if value is not None and name != "options"}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _check_factors(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str, str] = ("input", "linear_weight", "linear_bias"),
+) -> None:
+    check_logits(names[0], hidden)
+    check_logits(names[1], weight)
+    if hidden.ndim < 1:
+        raise ValueError(f"{names[0]} must have shape (..., H), got a 0-dimensional tensor")
+    if weight.ndim < 2:
+        raise ValueError(f"{names[1]} must have shape (C, H), got {tuple(weight.shape)}")
+    if hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"{names[1]} must have as many features as {names[0]}, {hidden.shape[-1]}, at its end; got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{names[1]} must have at least one class, got shape {tuple(weight.shape)}")
+    if weight.ndim > 2 and hidden.ndim != 2:
+        raise ValueError(f"{names[0]} must have shape (N, H) for {names[1]} of shape {tuple(weight.shape)}")
+    tensors = {names[1]: weight}
+    if bias is not None:
+        check_logits(names[2], bias)
+        if bias.shape != weight.shape[:-1]:
+            raise ValueError(f"{names[2]} must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
+        tensors[names[2]] = bias
+    for name, tensor in tensors.items():
+        check_device(name, tensor, hidden)
+        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled("cpu"):
+            kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (tensor, hidden))
+            raise TypeError(f"{name} must have the dtype of {names[0]}, {wanted}, got {kind}")
+
+
+def _check_target(input: Tensor, target: Tensor, logits_shape: tuple[int, ...], ignore_index: int | None) -> Tensor:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    check_device("target", target, input)
+    if target.dtype in CODES:
+        _options.check_probabilities_shape(target.shape, logits_shape, "the logits")
+        if ignore_index is not None:
+            raise ValueError("ignore_index has no meaning for target probabilities")
+        return target
+    ids = as_class_ids(target)
+    _options.check_ids_shape(ids.shape, logits_shape, len(logits_shape) - 1, "the logits")
+    return ids
+
+
+def _tensor_denominator(denominator: float | Tensor | None, reduction: str, code: int) -> tuple[Tensor | None, int]:
+    """A denominator that is a tensor divides the sum afterwards."""
+    if not isinstance(denominator, Tensor):
+        return None, code
+    _options.check_denominator_use(reduction)
+    if denominator.ndim != 0:
+        raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
+    return denominator, _options.SUM
+
+
+def _check_backward(backward: object) -> bool:
+    if backward not in ("exact", "sampled"):
+        raise ValueError(f"backward must be 'exact' or 'sampled', got {backward!r}")
+    return backward == "sampled"
+
+
+def _check_threshold(threshold: object) -> float:
+    value = _options.number("threshold", threshold)
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"threshold must be in (0, 1], got {value}")
+    return value
+
+
+def _seed(seed: object) -> Tensor:
+    if seed is None or isinstance(seed, torch.Generator):
+        return torch.randint(2**63 - 1, (), generator=seed)
+    return torch.full((), _options.index("seed", seed), dtype=torch.int64)
+
+
+def _chunk_tokens(chunk_tokens: int | None, options: Any) -> int | None:
+    if chunk_tokens is not None:
+        return check_chunk_tokens(chunk_tokens)
+    size = getattr(options, "batch_chunk_size", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast makes of the factors of a linear map."""
+    if not torch.is_autocast_enabled("cpu"):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype("cpu")
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _with_further_dimensions(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, **options: Any
+) -> Tensor:
+    """Weights (C, d1, ..., dK, H): a head for each place (d1, ..., dK), and the loss over all of them."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+    classes, *places = linear_weight.shape[:-1]
+    tokens, count = input.shape[0], math.prod(places)
+    probabilities = target.dtype in CODES
+    wanted = (tokens, classes, *places) if probabilities else (tokens, *places)
+    if tuple(target.shape) != wanted:
+        of_weight = f"linear_weight of shape {tuple(linear_weight.shape)}"
+        raise ValueError(f"target must have shape {wanted} for {of_weight}, got {tuple(target.shape)}")
+    heads = linear_weight.reshape(classes, count, -1).unbind(1)
+    biases = [None] * count if linear_bias is None else linear_bias.reshape(classes, count).unbind(1)
+    targets = target.flatten(2).unbind(2) if probabilities else target.flatten(1).unbind(1)
+    reduction, denominator = options["reduction"], options["denominator"]
+    if reduction == "mean" and denominator is None:
+        options["denominator"] = _counted(target, options["weight"], options["ignore_index"], tokens * count)
+    losses = [
+        linear_cross_entropy(input, head, ids, linear_bias=bias, **options)
+        for head, ids, bias in zip(heads, targets, biases, strict=True)
+    ]
+    stacked = torch.stack(losses, -1)
+    return stacked.reshape(tokens, *places) if reduction == "none" else stacked.sum()
+
+
+def _counted(target: Tensor, weight: Tensor | None, ignore_index: int | None, everything: int) -> Tensor:
+    if target.dtype in CODES:
+        return torch.tensor(float(everything), dtype=torch.float64)
+    counts = target != (-100 if ignore_index is None else ignore_index)
+    if weight is None:
+        return counts.sum().to(torch.float64)
+    return weight.to(torch.float64)[torch.where(counts, target, 0).long()].mul(counts).sum()

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear cross-entropy and statistics on matrices of tokens: logits of one chunk at a time, in place of a matrix of them all.
+
+As in `ops`, each operation is a plain function over CPU tensors, and an operator of PyTorch for tracing and `vmap`. Tokens with
+the ignored id are left out before the first product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastloss import _cpu
+from fastloss._chunks import for_each_chunk
+from fastloss._options import MEAN, NONE
+from fastloss.torch import ops
+from fastloss.torch.ops import CODES, CPU, LIBRARY, Options, accumulation_dtype
+from fastloss.torch.projection import NOTHING, Projection, Wanted, spread
+
+
+class Head(NamedTuple):
+    """The factors of the logits: hidden states (N, H), weight (V, H), bias (V) or None; and the most tokens of a chunk."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    chunk_tokens: int | None
+
+
+class Task(NamedTuple):
+    """What a cross-entropy needs besides logits."""
+
+    target: Tensor
+    class_weight: Tensor | None
+    logit_bias: Tensor | None
+    options: Options
+
+    def of(self, kept: Tensor | None) -> Task:
+        """The same for some of the tokens."""
+        return self if kept is None else self._replace(target=self.target.index_select(0, kept))
+
+    def counted(self) -> Tensor | None:
+        """The tokens that count, None for all of them. Checks the class ids of all."""
+        if self.target.dtype in CODES:
+            return None
+        counts = self.target != self.options.ignore_index
+        return None if bool(counts.all()) else counts.nonzero().squeeze(1)
+
+    def denominator(self, tokens: int) -> float:
+        """What the mean over these tokens, all of which count, divides by."""
+        if self.class_weight is None or self.target.dtype in CODES:
+            return float(tokens)
+        return float(self.class_weight.double()[self.target.long()].numpy().sum())
+
+
+class Loss(NamedTuple):
+    """A linear cross-entropy: the loss, (max, rest, mass) of each token, and the factor of the gradient."""
+
+    loss: Tensor
+    saved: Tensor
+    scale: float
+
+
+def _check_ids(head: Head, task: Task) -> None:
+    if task.target.dtype not in CODES:
+        rows, classes = task.target.numel(), head.weight.shape[0]
+        _cpu.check_targets((task.target.data_ptr(), task.target.element_size()), rows, classes, task.options.ignore_index)
+
+
+def _forward(
+    head: Head, task: Task, reduction: int, denominator: float | None, wanted: Wanted, sampled: Sampler | None
+) -> tuple[Loss, list[Tensor]]:
+    _check_ids(head, task)
+    all_tokens = head.hidden.shape[0]
+    kept = task.counted()
+    task = task.of(kept)
+    projection = Projection(*head[:3], kept, head.chunk_tokens, wanted)
+    divisor = denominator if denominator is not None else task.denominator(projection.tokens) if reduction == MEAN else 1.0
+    losses: list[Tensor] = [torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype))]
+    saved: list[Tensor] = [torch.empty((0, 3), dtype=torch.float64)]
+
+    def kernel(tokens: slice, logits: Tensor) -> None:
+        sample = None if sampled is None else sampled.start(tokens, kept)
+        loss, rows, _ = ops.cross_entropy(
+            logits,
+            task.target[tokens],
+            *task[1:],
+            NONE,
+            None if sampled else divisor or float("inf"),  # nothing counted: no gradient
+            keep=True,
+            grad=logits if any(wanted) else None,
+            sampled=sample,
+        )
+        assert rows is not None
+        losses.append(loss)
+        saved.append(rows)
+
+    for_each_chunk(projection, kernel, carry_back=any(wanted))
+    rows = torch.cat(losses)
+    if reduction == NONE:
+        loss = spread(rows, kept, all_tokens)
+    else:
+        total = rows.numpy().sum(dtype=np.float64)  # in a fixed order, whatever the number of threads
+        nothing = divisor == 0.0 and denominator is None
+        loss = torch.tensor(float("nan") if nothing else total / divisor, dtype=rows.dtype)
+    kept_rows = spread(torch.cat(saved), kept, all_tokens)
+    return Loss(loss, kept_rows, 1.0 / divisor if divisor else 0.0), projection.gradients()
+
+
+def cross_entropy(
+    head: Head, task: Task, reduction: int, denominator: float | None, wanted: Wanted
+) -> tuple[Loss, list[Tensor]]:
+    """The loss, and the wanted gradients by hidden states, weight and bias from the same logits."""
+    return _forward(head, task, reduction, denominator, wanted, None)
+
+
+def cross_entropy_backward(
+    upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: float, wanted: Wanted
+) -> list[Tensor]:
+    """The gradients, from logits that are made again; `upstream` is one number, or one a token."""
+    kept = task.counted()
+    task = task.of(kept)
+    projection = Projection(*head[:3], kept, head.chunk_tokens, wanted)
+    by_token = upstream.ndim > 0
+    if kept is not None:
+        saved = saved.index_select(0, kept)
+        upstream = upstream.index_select(0, kept) if by_token else upstream
+
+    def kernel(tokens: slice, logits: Tensor) -> None:
+        ops.cross_entropy_backward(
+            upstream[tokens] if by_token else upstream,
+            logits,
+            task.target[tokens],
+            *task[1:3],
+            saved[tokens],
+            scale,
+            task.options,
+            inplace=True,
+        )
+
+    for_each_chunk(projection, kernel, carry_back=True)
+    return projection.gradients()
+
+
+def soft_target_gradient(upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: float) -> Tensor:
+    """The gradient by target probabilities, from logits that are made again."""
+    projection = Projection(*head[:3], chunk_tokens=head.chunk_tokens)
+    out = ops.fresh(task.target)
+
+    def kernel(tokens: slice, logits: Tensor) -> None:
+        of_chunk = upstream[tokens] if upstream.ndim else upstream
+        rest = (*task[1:3], saved[tokens], scale, task.options)
+        out[tokens] = ops.soft_target_gradient(of_chunk, logits, task.target[tokens], *rest)
+
+    for_each_chunk(projection, kernel, carry_back=False)
+    return out
+
+
+# ---- the sampled backward --------------------------------------------------------------------------------------------
+
+
+class SparseGradient(NamedTuple):
+    """The kept entries of the gradient by the logits: token i has columns[start[i] : start[i + 1]], and values."""
+
+    start: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @property
+    def pointers(self) -> tuple[int, int, int]:
+        """Where the kernels find them."""
+        return self.start.data_ptr(), self.columns.data_ptr(), self.values.data_ptr()
+
+
+class Sampler:
+    """Collects what sampling keeps of each chunk."""
+
+    def __init__(self, seed: int, threshold: float, tokens: int, dtype: torch.dtype) -> None:
+        """Random numbers depend on the seed, the token and the class."""
+        self._seed, self._threshold = seed, threshold
+        self._tokens = torch.arange(tokens)
+        self._dtype = accumulation_dtype(dtype)
+        self._chunks: list[tuple[int, _cpu.SampledGradient]] = []
+
+    def start(self, tokens: slice, kept: Tensor | None) -> _cpu.SampledGradient:
+        """Where the kernel puts the entries of these tokens."""
+        numbers = self._tokens if kept is None else kept
+        sampled = _cpu.SampledGradient(self._seed, self._threshold, numbers[tokens].data_ptr())
+        self._chunks.append((tokens.stop - tokens.start, sampled))
+        return sampled
+
+    def entries(self, kept: Tensor | None) -> SparseGradient:
+        """All entries, for all tokens."""
+        counts = [sampled.count() for _, sampled in self._chunks]
+        counted = sum(tokens for tokens, _ in self._chunks)
+        out = SparseGradient(
+            torch.zeros(counted + 1, dtype=torch.int64),
+            torch.empty(sum(counts), dtype=torch.int32),
+            torch.empty(sum(counts), dtype=self._dtype),
+        )
+        token = entry = 0
+        for (tokens, sampled), count in zip(self._chunks, counts, strict=True):
+            start, columns, values = out.start[token:], out.columns[entry:], out.values[entry:]
+            pointers = (start.data_ptr(), columns.data_ptr(), values.data_ptr())
+            sampled.copy(entry, *pointers, self._dtype == torch.float64)
+            token, entry = token + tokens, entry + count
+        if kept is None:
+            return out
+        lengths = spread(out.start.diff(), kept, len(self._tokens))
+        return out._replace(start=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+
+
+def cross_entropy_sampled(
+    head: Head, task: Task, reduction: int, denominator: float | None, threshold: float, seed: int
+) -> tuple[Loss, SparseGradient]:
+    """The loss, and a sample of the gradient by the logits of each token's loss."""
+    sampler = Sampler(seed, threshold, head.hidden.shape[0], head.hidden.dtype)
+    loss, _ = _forward(head, task, reduction, denominator, NOTHING, sampler)
+    return loss, sampler.entries(task.counted())
+
+
+def sampled_backward(upstream: Tensor, head: Head, entries: SparseGradient, scale: float, wanted: Wanted) -> list[Tensor]:
+    """The gradients as sums over the kept entries, in a fixed order."""
+    rows = entries.start.numel() - 1
+    factor = (upstream.to(torch.float64) * scale).expand(rows).repeat_interleave(entries.start.diff())
+    entries = entries._replace(values=(entries.values * factor).to(entries.values.dtype))
+    hidden, weight = head.hidden.contiguous(), head.weight.contiguous()
+    by_hidden, by_weight, by_bias = (weight.new_empty(0) for _ in wanted)
+    if wanted.hidden:
+        by_hidden = ops.fresh_matrix((rows, weight.shape[1]), weight.dtype)
+        _multiply(entries, weight, by_hidden)
+    if wanted.weight:
+        by_weight = ops.fresh_matrix(weight.shape, weight.dtype)
+        _multiply(_transposed(entries, weight.shape[0]), hidden, by_weight)
+    if wanted.bias:
+        sums = np.bincount(entries.columns.numpy(), entries.values.numpy(), weight.shape[0])
+        by_bias = torch.from_numpy(sums).to(weight.dtype)
+    return [by_hidden, by_weight, by_bias]
+
+
+def _multiply(sparse: SparseGradient, matrix: Tensor, out: Tensor) -> None:
+    _cpu.multiply(sparse.start.numel() - 1, *sparse.pointers, ops.describe(matrix, 1), ops.describe(out, 1))
+
+
+def _transposed(entries: SparseGradient, classes: int) -> SparseGradient:
+    start, columns, values = entries
+    out = SparseGradient(start.new_empty(classes + 1), torch.empty_like(columns), torch.empty_like(values))
+    _cpu.transpose(start.numel() - 1, *entries.pointers, values.dtype == torch.float64, classes, *out.pointers)
+    return out
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def statistics(
+    head: Head, target: Tensor | None, logit_bias: Tensor | None, softcap: float, temperature: float, want: list[bool]
+) -> list[Tensor]:
+    """The eight statistics, empty where not wanted, and `saved`."""
+    if target is not None:
+        ids = target.contiguous()
+        _cpu.check_targets((ids.data_ptr(), ids.element_size()), ids.numel(), head.weight.shape[0], None)
+    projection = Projection(*head[:3], chunk_tokens=head.chunk_tokens)
+    chunks: list[list[Tensor]] = []
+
+    def kernel(tokens: slice, logits: Tensor) -> None:
+        ids = None if target is None else target[tokens]
+        chunks.append(ops.statistics(logits, ids, logit_bias, 1, softcap, temperature, want))
+
+    for_each_chunk(projection, kernel, carry_back=False)
+    if not chunks:
+        none = head.hidden.new_empty((0, head.weight.shape[0]))
+        return ops.stats_outputs(none, target, 1, want)
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+
+def gradient(
+    head: Head,
+    saved: Tensor,
+    coefficients: Tensor,
+    target: Tensor | None,
+    target_coefficients: Tensor | None,
+    logit_bias: Tensor | None,
+    softcap: float,
+    temperature: float,
+    wanted: Wanted,
+) -> list[Tensor]:
+    """The gradients of statistics, from logits that are made again."""
+    projection = Projection(*head[:3], None, head.chunk_tokens, wanted)
+
+    def kernel(tokens: slice, logits: Tensor) -> None:
+        ids, factors = (None if part is None else part[tokens] for part in (target, target_coefficients))
+        ops.gradient(
+            logits, saved[tokens], coefficients[tokens], ids, factors, logit_bias, 1, softcap, temperature, inplace=True
+        )
+
+    for_each_chunk(projection, kernel, carry_back=True)
+    return projection.gradients()
+
+
+# ---- the same functions as operators of PyTorch ----------------------------------------------------------------------
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, int? chunk_tokens"
+_TASK = (
+    "Tensor target, Tensor? class_weight, Tensor? logit_bias, int ignore_index, float label_smoothing, float z_loss,"
+    " float softcap, float temperature"
+)
+_WANTED = "bool want_hidden, bool want_weight, bool want_bias"
+_TRANSFORM = "float softcap, float temperature"
+LIBRARY.define(
+    f"linear_cross_entropy({_HEAD}, {_TASK}, int reduction, float? denominator, {_WANTED})"
+    " -> (Tensor loss, Tensor saved, Tensor scale, Tensor by_hidden, Tensor by_weight, Tensor by_bias)"
+)
+LIBRARY.define(
+    f"linear_cross_entropy_backward(Tensor upstream, {_HEAD}, {_TASK}, Tensor saved, Tensor scale, {_WANTED}) -> Tensor[]"
+)
+LIBRARY.define(f"linear_soft_target_gradient(Tensor upstream, {_HEAD}, {_TASK}, Tensor saved, Tensor scale) -> Tensor")
+LIBRARY.define(
+    f"linear_cross_entropy_sampled({_HEAD}, {_TASK}, int reduction, float? denominator, float threshold, Tensor seed)"
+    " -> (Tensor loss, Tensor scale, Tensor start, Tensor columns, Tensor values)"
+)
+LIBRARY.define(
+    f"linear_sampled_backward(Tensor upstream, {_HEAD}, Tensor start, Tensor columns, Tensor values, Tensor scale, {_WANTED})"
+    " -> Tensor[]"
+)
+LIBRARY.define(f"linear_statistics({_HEAD}, Tensor? target, Tensor? logit_bias, {_TRANSFORM}, bool[] want) -> Tensor[]")
+LIBRARY.define(
+    f"linear_gradient({_HEAD}, Tensor saved, Tensor coefficients, Tensor? target, Tensor? target_coefficients,"
+    f" Tensor? logit_bias, {_TRANSFORM}, {_WANTED}) -> Tensor[]"
+)
+
+
+def grouped(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments of an operator, those of Head and Task put together."""
+    target, class_weight, logit_bias, *options = arguments[4:12]
+    return Head(*arguments[:4]), Task(target, class_weight, logit_bias, Options(1, *options)), *arguments[12:]
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=CPU)
+
+
+def _cross_entropy_op(*args: Any) -> tuple[Tensor, ...]:
+    head, task, reduction, denominator, *wanted = grouped(args)
+    (loss, saved, scale), gradients = cross_entropy(head, task, reduction, denominator, Wanted(*wanted))
+    return loss, saved, _scalar(scale), *gradients
+
+
+def _backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
+    head, task, saved, scale, *wanted = grouped(args)
+    return cross_entropy_backward(upstream, head, task, saved, scale.item(), Wanted(*wanted))
+
+
+def _soft_target_op(upstream: Tensor, *args: Any) -> Tensor:
+    head, task, saved, scale = grouped(args)
+    return soft_target_gradient(upstream, head, task, saved, scale.item())
+
+
+def _sampled_op(*args: Any) -> tuple[Tensor, ...]:
+    head, task, reduction, denominator, threshold, seed = grouped(args)
+    loss, entries = cross_entropy_sampled(head, task, reduction, denominator, threshold, int(seed))
+    return loss.loss, _scalar(loss.scale), *entries
+
+
+def _sampled_backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
+    entries, scale, wanted = SparseGradient(*args[4:7]), args[7], Wanted(*args[8:])
+    return sampled_backward(upstream, Head(*args[:4]), entries, scale.item(), wanted)
+
+
+def _statistics_op(*args: Any) -> list[Tensor]:
+    return statistics(Head(*args[:4]), *args[4:])
+
+
+def _gradient_op(*args: Any) -> list[Tensor]:
+    saved, coefficients, target, factors, logit_bias, softcap, temperature, *wanted = args[4:]
+    terms = (saved, coefficients, target, factors)
+    return gradient(Head(*args[:4]), *terms, logit_bias, softcap, temperature, Wanted(*wanted))
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *wanted: bool) -> list[Tensor]:
+    like = (hidden, weight, weight[:, 0] if bias is None else bias)
+    return [torch.empty_like(t) if want else weight.new_empty(0) for t, want in zip(like, wanted, strict=True)]
+
+
+def _fake_loss(hidden: Tensor, reduction: int) -> Tensor:
+    return hidden.new_empty(hidden.shape[:1] if reduction == NONE else (), dtype=accumulation_dtype(hidden.dtype))
+
+
+def _cross_entropy_fake(*args: Any) -> tuple[Tensor, ...]:
+    hidden = args[0]
+    saved = hidden.new_empty((hidden.shape[0], 3), dtype=torch.float64)
+    scale = hidden.new_empty((), dtype=torch.float64)
+    return _fake_loss(hidden, args[12]), saved, scale, *_fake_gradients(*args[:3], *args[14:])
+
+
+def _sampled_fake(*args: Any) -> tuple[Tensor, ...]:
+    hidden = args[0]
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return (
+        _fake_loss(hidden, args[12]),
+        hidden.new_empty((), dtype=torch.float64),
+        hidden.new_empty((hidden.shape[0] + 1,), dtype=torch.int64),
+        hidden.new_empty((entries,), dtype=torch.int32),
+        hidden.new_empty((entries,), dtype=accumulation_dtype(hidden.dtype)),
+    )
+
+
+def _statistics_fake(hidden: Tensor, weight: Tensor, bias: Any, chunk: Any, target: Any, logit_bias: Any, *rest: Any) -> Any:
+    logits = hidden.new_empty((hidden.shape[0], weight.shape[0]))
+    return ops.stats_outputs(logits, target, 1, rest[-1])
+
+
+_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "linear_cross_entropy": (_cross_entropy_op, _cross_entropy_fake),
+    "linear_cross_entropy_backward": (_backward_op, lambda upstream, *args: _fake_gradients(*args[:3], *args[-3:])),
+    "linear_soft_target_gradient": (_soft_target_op, lambda upstream, *args: torch.empty_like(args[4])),
+    "linear_cross_entropy_sampled": (_sampled_op, _sampled_fake),
+    "linear_sampled_backward": (_sampled_backward_op, lambda upstream, *args: _fake_gradients(*args[:3], *args[-3:])),
+    "linear_statistics": (_statistics_op, _statistics_fake),
+    "linear_gradient": (_gradient_op, lambda *args: _fake_gradients(*args[:3], *args[-3:])),
+}
+for _name, (_function, _fake) in _OPERATORS.items():
+    LIBRARY.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"fastloss::{_name}", _fake)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix products of linear cross-entropy: the fastest ones that PyTorch offers here, found by measurement.
+
+In float32 PyTorch has two libraries, a BLAS (MKL on x86) behind `torch.mm` and oneDNN behind an operator of its compiler;
+which of them is faster depends on the maker of the CPU and on the product. So each product is measured once in a process, at
+its first use of some size. The environment variable FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import _cpu
+from fastloss._chunks import BLOCK_BYTES, slices
+from fastloss.torch.ops import CODES
+
+Product = Callable[..., None]
+
+_MEASURED_FROM = 1 << 31  # multiplications: below, a wrong choice costs less than measuring does
+_SAMPLE = 1 << 31  # multiplications that one measurement takes at most
+_choices: dict[str, Product] = {}
+
+
+def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = hidden @ weight.T + bias."""
+    _run("logits", hidden, weight, bias, out)
+
+
+def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = grad @ weight."""
+    _run("hidden", grad, weight, out)
+
+
+def weight_product(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
+    """total = grad.T @ hidden, added to what is there if `add`; total is float32 for 16-bit factors."""
+    if total.dtype != hidden.dtype:
+        _accumulate_16_bit(grad, hidden, total if add else None, total)
+    else:
+        _run("weight", grad, hidden, total, add)
+
+
+def last_weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tensor) -> None:
+    """out = total + grad.T @ hidden, rounded to the 16-bit type of the factors."""
+    if total is None:
+        torch.mm(grad.t(), hidden, out=out)
+    else:
+        _accumulate_16_bit(grad, hidden, total, out)
+
+
+def _accumulate_16_bit(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tensor) -> None:
+    """PyTorch has no product of 16-bit factors with a float32 result: blocks of it are added while they are in the cache."""
+    rows = max(1, BLOCK_BYTES // (hidden.shape[1] * hidden.element_size()))
+    room = hidden.new_empty((min(rows, grad.shape[1]), hidden.shape[1]))
+    for classes in slices(grad.shape[1], rows):
+        product = room[: classes.stop - classes.start]
+        torch.mm(grad[:, classes].t(), hidden, out=product)
+        _cpu.accumulate(
+            product.data_ptr(),
+            CODES[product.dtype],
+            product.numel(),
+            0 if total is None else total[classes].data_ptr(),
+            out[classes].data_ptr(),
+            out.dtype == torch.float32,
+        )
+
+
+# ---- BLAS: torch.mm --------------------------------------------------------------------------------------------------
+
+
+def _blas_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def _blas_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    torch.mm(grad, weight, out=out)
+
+
+def _blas_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
+    if add:
+        total.addmm_(grad.t(), hidden)
+    else:
+        torch.mm(grad.t(), hidden, out=total)
+
+
+# ---- oneDNN: its operator allocates what it returns, so blocks of classes keep that in the cache -----------------------
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def _onednn_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    for classes in slices(weight.shape[0], max(1, BLOCK_BYTES // (4 * hidden.shape[0]))):
+        out[:, classes] = _linear(hidden, weight[classes], None if bias is None else bias[classes])
+
+
+def _onednn_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    out.copy_(_linear(grad, weight.t()))
+
+
+def _onednn_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
+    for classes in slices(grad.shape[1], max(1, BLOCK_BYTES // (4 * hidden.shape[1]))):
+        product = _linear(grad[:, classes].t(), hidden.t())
+        if add:
+            total[classes] += product
+        else:
+            total[classes] = product
+
+
+_PRODUCTS: dict[str, dict[str, Product]] = {
+    "logits": {"blas": _blas_logits, "onednn": _onednn_logits},
+    "hidden": {"blas": _blas_hidden, "onednn": _onednn_hidden},
+    "weight": {"blas": _blas_weight, "onednn": _onednn_weight},
+}
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def _pinned() -> str | None:
+    name = os.environ.get("FASTLOSS_MATMUL")
+    if not name:
+        return None
+    if name not in ("blas", "onednn"):
+        raise ValueError(f"FASTLOSS_MATMUL = {name!r} is not a known library: expected blas or onednn")
+    return name
+
+
+_PINNED = _pinned()
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _run(role: str, first: Tensor, second: Tensor, *rest: Any) -> None:
+    products = _PRODUCTS[role]
+    if first.dtype != torch.float32 or not _has_onednn():
+        products["blas"](first, second, *rest)  # there is no choice
+        return
+    if _PINNED is not None:
+        products[_PINNED](first, second, *rest)
+        return
+    width = second.shape[1]
+    small = first.shape[0] * max(first.shape[1], second.shape[0]) * width < _MEASURED_FROM
+    if role not in _choices and not small:
+        _choices[role] = _fastest(role, first, second, rest)
+    _choices.get(role, products["blas"])(first, second, *rest)
+
+
+def _fastest(role: str, first: Tensor, second: Tensor, rest: tuple[Any, ...]) -> Product:
+    """Times each library on a part of the classes, into memory of its own."""
+    tokens = first.shape[0]
+    width = second.shape[1]
+    classes = max(64, min(_SAMPLE // (tokens * width), max(first.shape[1], second.shape[0])))
+    arguments: tuple[Any, ...]
+    if role == "logits":
+        bias = rest[0]
+        arguments = first, second[:classes], bias if bias is None else bias[:classes], first.new_empty((tokens, classes))
+    elif role == "hidden":
+        arguments = first[:, :classes].contiguous(), second[:classes], first.new_empty((tokens, width))
+    else:
+        arguments = first[:, :classes].contiguous(), second, first.new_empty((classes, width)), False
+
+    def seconds(product: Product) -> float:
+        product(*arguments)
+        best = float("inf")
+        for _ in range(2):
+            start = time.perf_counter()
+            product(*arguments)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return min(_PRODUCTS[role].values(), key=seconds)
