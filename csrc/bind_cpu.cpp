@@ -177,12 +177,12 @@ int64_t count_kept(const SampledGradient& sampled) {
   return count;
 }
 
-// Starts (one more than there are rows, from `first` up), columns and values, of the accumulation type.
-void copy_kept(const SampledGradient& sampled, int64_t first, uintptr_t start, uintptr_t columns, uintptr_t values, bool wide) {
+// Starts (one more than there are rows), columns and values, of the accumulation type.
+void copy_kept(const SampledGradient& sampled, uintptr_t start, uintptr_t columns, uintptr_t values, bool wide) {
   int64_t at = 0;
   int64_t* next_start = pointer<int64_t>(start);
   for (const auto& row : sampled.rows) {
-    *next_start++ = first + at;
+    *next_start++ = at;
     for (const Kept<double>& entry : row) {
       pointer<int32_t>(columns)[at] = entry.column;
       if (wide) {
@@ -192,7 +192,7 @@ void copy_kept(const SampledGradient& sampled, int64_t first, uintptr_t start, u
       }
     }
   }
-  *next_start = first + at;
+  *next_start = at;
 }
 
 SparseRows sparse_rows(int64_t rows, uintptr_t start, uintptr_t ids, uintptr_t values) {

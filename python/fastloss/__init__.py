@@ -6,6 +6,7 @@ The PyTorch API is `fastloss.torch`; nothing here imports PyTorch.
 
 from fastloss._options import LogitStats
 from fastloss.cross_entropy import cross_entropy
+from fastloss.linear import linear_cross_entropy, linear_logit_stats
 from fastloss.runtime import available_isas, build_info, get_num_threads, isa, release_memory, set_num_threads
 from fastloss.stats import logit_stats
 
@@ -18,6 +19,8 @@ __all__ = [
     "cross_entropy",
     "get_num_threads",
     "isa",
+    "linear_cross_entropy",
+    "linear_logit_stats",
     "logit_stats",
     "release_memory",
     "set_num_threads",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -68,7 +70,18 @@ def fresh(like: Array) -> Array:
     if like.nbytes < _options.RECYCLED_FROM:
         return np.empty_like(like, subok=False)
     outermost_first = sorted(range(like.ndim), key=lambda axis: -abs(like.strides[axis]))
-    shape = [like.shape[axis] for axis in outermost_first]
-    block = memoryview(_cpu.RecycledBlock(like.nbytes))
-    array: Array = np.ndarray(shape, like.dtype, buffer=block).transpose(np.argsort(outermost_first))
+    array = _recycled([like.shape[axis] for axis in outermost_first], like.dtype)
+    return array.transpose(np.argsort(outermost_first))
+
+
+def fresh_matrix(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Returns an uninitialised matrix; a large one in recycled memory."""
+    if shape[0] * shape[1] * dtype.itemsize < _options.RECYCLED_FROM:
+        return np.empty(shape, dtype)
+    return _recycled(shape, dtype)
+
+
+def _recycled(shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+    block = memoryview(_cpu.RecycledBlock(math.prod(shape) * dtype.itemsize))
+    array: Array = np.ndarray(shape, dtype, buffer=block)
     return array

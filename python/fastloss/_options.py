@@ -101,6 +101,26 @@ def transform_options(temperature: object, softcap: object) -> tuple[float, floa
     return heat, cap
 
 
+def backward_code(backward: object) -> bool:
+    """Returns whether the backward of a linear loss is sampled."""
+    if backward not in ("exact", "sampled"):
+        raise ValueError(f"backward must be 'exact' or 'sampled', got {backward!r}")
+    return backward == "sampled"
+
+
+def threshold(value: object) -> float:
+    """Returns the threshold of the sampled backward."""
+    checked = number("threshold", value)
+    if not 0.0 < checked <= 1.0:
+        raise ValueError(f"threshold must be in (0, 1], got {checked}")
+    return checked
+
+
+def seed(value: object) -> int:
+    """Returns a seed as a number of 64 bits."""
+    return index("seed", value)
+
+
 def reduction_code(reduction: object) -> int:
     """Returns the code of the reduction."""
     if not isinstance(reduction, str):

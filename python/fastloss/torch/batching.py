@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss._options import MEAN, NONE
+from fastloss.torch import linear_ops
 from fastloss.torch.ops import CODES, CPU, accumulation_dtype
 
 
@@ -104,8 +105,26 @@ def _gradient_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return torch.ops.fastloss.gradient(*tensors, args[5], args[6] + 1, *args[7:]), 0
 
 
+def _in_turn(op: Any) -> Any:
+    """One sample after the other: a linear loss shares nothing between samples that could be computed together."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
+        def of_sample(i: int) -> Any:
+            return op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+
+        results = [of_sample(i) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        outputs = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return type(results[0])(outputs), type(results[0])([0] * len(outputs))
+
+    return rule
+
+
 torch.library.register_vmap("fastloss::cross_entropy", _cross_entropy_vmap)
 torch.library.register_vmap("fastloss::statistics", _statistics_vmap)
 torch.library.register_vmap("fastloss::gradient", _gradient_vmap)
 for _name in ("cross_entropy_backward", "soft_target_gradient"):
     torch.library.register_vmap(f"fastloss::{_name}", _row_gradient_vmap(getattr(torch.ops.fastloss, _name)))
+for _name in linear_ops.OPERATORS:
+    torch.library.register_vmap(f"fastloss::{_name}", _in_turn(getattr(torch.ops.fastloss, _name)))

@@ -22,7 +22,7 @@ from fastloss.torch.linear_autograd import (
     LinearStatistics,
 )
 from fastloss.torch.ops import CODES
-from fastloss.torch.projection import NOTHING, Wanted
+from fastloss.torch.projection import NOTHING
 
 
 def linear_cross_entropy(
@@ -127,7 +127,7 @@ def linear_cross_entropy(
     ids = ids.reshape(-1) if ids.dtype not in CODES else ids.reshape(-1, ids.shape[-1])
     choices = (checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
     arguments = (hidden, head, bias, chunk, ids, class_weight, logit_bias, *choices, code, checked.denominator)
-    loss = _run(arguments, _check_backward(backward), _check_threshold(threshold), seed)
+    loss = _run(arguments, _options.backward_code(backward), _options.threshold(threshold), seed)
     if divisor is not None:
         loss = loss / divisor.to(loss.dtype)
     return loss.reshape(rows) if code == _options.NONE else loss
@@ -151,10 +151,8 @@ def _run(arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int 
             loss = LinearCrossEntropy.apply(*arguments)
         else:
             # Under torch.func nobody tells which gradients will be asked for.
-            wanted = Wanted(
-                *(factor is not None and (factor.requires_grad or not compiling) for factor in (hidden, head, bias))
-            )
-            loss = LinearCrossEntropyUnderTransforms.apply(wanted, *arguments)[0]
+            wanted = tuple(f is not None and (f.requires_grad or not compiling) for f in (hidden, head, bias))
+            loss = LinearCrossEntropyUnderTransforms.apply(*arguments, wanted)[0]
     return loss
 
 
@@ -272,7 +270,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         """Takes the size of the head, and the options of `linear_cross_entropy`."""
         super().__init__()
         _options.loss_options(ignore_index or 0, reduction, label_smoothing, z_loss, softcap, temperature, None)
-        _check_backward(backward)
+        _options.backward_code(backward)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.linear = torch.nn.Linear(
             in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype
@@ -288,7 +286,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             "softcap": softcap,
             "temperature": temperature,
             "backward": backward,
-            "threshold": _check_threshold(threshold),
+            "threshold": _options.threshold(threshold),
             "chunk_tokens": chunk_tokens,
         }
 
@@ -380,23 +378,10 @@ def _tensor_denominator(denominator: float | Tensor | None, reduction: str, code
     return denominator, _options.SUM
 
 
-def _check_backward(backward: object) -> bool:
-    if backward not in ("exact", "sampled"):
-        raise ValueError(f"backward must be 'exact' or 'sampled', got {backward!r}")
-    return backward == "sampled"
-
-
-def _check_threshold(threshold: object) -> float:
-    value = _options.number("threshold", threshold)
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"threshold must be in (0, 1], got {value}")
-    return value
-
-
 def _seed(seed: object) -> Tensor:
     if seed is None or isinstance(seed, torch.Generator):
         return torch.randint(2**63 - 1, (), generator=seed)
-    return torch.full((), _options.index("seed", seed), dtype=torch.int64)
+    return torch.full((), _options.seed(seed), dtype=torch.int64)
 
 
 def _chunk_tokens(chunk_tokens: int | None, options: Any) -> int | None:

@@ -8,6 +8,7 @@ the sampled entries, which are few, and sums them up in backward. Second derivat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,27 +18,40 @@ from torch.autograd import Function
 from fastloss._options import NONE
 from fastloss.torch import linear_ops, ops, plain
 from fastloss.torch.autograd import statistics_coefficients
-from fastloss.torch.linear_ops import SparseGradient, grouped
+from fastloss.torch.linear_ops import grouped
 from fastloss.torch.projection import NOTHING, Wanted
 
+# Every function here starts with the arguments of linear_ops.Head and Task, the options of Task spread out.
+_INPUTS = 12
 _HIDDEN, _WEIGHT, _BIAS, _TARGET = 0, 1, 2, 4
 
 
-def _wanted(needs: tuple[bool, ...]) -> Wanted:
+def _wanted(needs: Sequence[bool]) -> Wanted:
     return Wanted(needs[_HIDDEN], needs[_WEIGHT], needs[_BIAS])
 
 
-def _returned(by_factors: Any, wanted: Wanted, length: int, by_target: Tensor | None = None) -> tuple[Any, ...]:
+def _save(ctx: Any, inputs: Sequence[Any], *tensors: Tensor) -> None:
+    ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
+    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs), *tensors)
+
+
+def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    tensors = ctx.saved_tensors
+    inputs = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=False)]
+    return inputs, list(tensors[len(inputs) :])
+
+
+def _at_their_places(length: int, by_factors: Sequence[Any], wanted: Wanted, by_target: Tensor | None = None) -> list[Any]:
     """Gradients at the places of the arguments."""
     grads: list[Any] = [None] * length
-    for i, (grad, want) in enumerate(zip(by_factors, wanted, strict=True)):
-        grads[i] = grad if want else None
+    for place, grad, want in zip((_HIDDEN, _WEIGHT, _BIAS), by_factors, wanted, strict=True):
+        grads[place] = grad if want else None
     grads[_TARGET] = by_target
-    return tuple(grads)
+    return grads
 
 
 class LinearCrossEntropy(Function):
-    """Arguments: those of Head, those of Task with its options spread out, reduction, denominator."""
+    """After the inputs: reduction, denominator."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -46,133 +60,61 @@ class LinearCrossEntropy(Function):
         at_once = _wanted(ctx.needs_input_grad) if reduction != NONE else NOTHING
         (loss, saved, ctx.scale), gradients = linear_ops.cross_entropy(head, task, reduction, denominator, at_once)
         ctx.gradients = gradients if any(at_once) else None
-        tensors = [a if isinstance(a, Tensor) else None for a in arguments]
-        ctx.save_for_backward(*tensors, saved)
-        ctx.constants = [None if isinstance(a, Tensor) else a for a in arguments]
+        _save(ctx, arguments, saved)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         """Hands out the gradients, times the upstream gradient."""
-        *tensors, saved = ctx.saved_tensors
-        arguments = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
-        wanted = _wanted(ctx.needs_input_grad)
-        scale = torch.tensor(ctx.scale, dtype=torch.float64)
-        by_target = None
+        arguments, (saved,) = _saved(ctx)
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream):
-            return _differentiable_gradients(upstream, arguments[:12], saved, scale, None, ctx.needs_input_grad)
-        head, task, *_ = grouped(arguments)
-        if ctx.needs_input_grad[_TARGET]:
+            scale = torch.tensor(ctx.scale, dtype=torch.float64)
+            return (*_differentiable(upstream, arguments[:_INPUTS], scale, "exact", (saved,), needs), None, None)
+        wanted, (head, task, *_) = _wanted(needs), grouped(arguments)
+        by_target = None
+        if needs[_TARGET]:
             by_target = linear_ops.soft_target_gradient(upstream, head, task, saved, ctx.scale)
-        gradients, ctx.gradients = ctx.gradients, None  # the caller may keep and change them: they are given away once
+        gradients, ctx.gradients = ctx.gradients, None  # who gets them may change them: they are given away once
         if gradients is None and any(wanted):
             gradients = linear_ops.cross_entropy_backward(upstream.contiguous(), head, task, saved, ctx.scale, wanted)
         elif gradients is not None and upstream.item() != 1.0:
             for grad in gradients:
                 grad.mul_(upstream)
-        return _returned(gradients or [None] * 3, wanted, len(arguments), by_target)
+        return tuple(_at_their_places(len(arguments), gradients or [None] * 3, wanted, by_target))
 
 
 class LinearCrossEntropyUnderTransforms(Function):
-    """The same for `torch.func` and `torch.compile`."""
+    """The same for `torch.func` and `torch.compile`; after reduction and denominator: which gradients may be wanted."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(wanted: Wanted, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
         """The loss; of a reduced one the gradients too."""
-        at_once = wanted if arguments[12] != NONE else NOTHING
-        out: tuple[Tensor, ...] = torch.ops.fastloss.linear_cross_entropy(*arguments, *at_once)
+        *rest, wanted = arguments
+        at_once = wanted if rest[_INPUTS] != NONE else NOTHING
+        out: tuple[Tensor, ...] = torch.ops.fastloss.linear_cross_entropy(*rest, *at_once)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keeps the inputs, and the gradients of a reduced loss."""
-        wanted, *arguments = inputs
-        _, saved, scale, *gradients = output
         ctx.mark_non_differentiable(*output[1:])
-        tensors = [a if isinstance(a, Tensor) else None for a in arguments[:12]]
-        ctx.constants = [None if isinstance(a, Tensor) else a for a in arguments[:12]]
-        ctx.at_once = arguments[12] != NONE
-        ctx.wanted = wanted
-        ctx.save_for_backward(*tensors, saved, scale, *gradients)
+        ctx.reduced = inputs[_INPUTS] != NONE
+        _save(ctx, inputs[:_INPUTS], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         """Hands out the gradients, times the upstream gradient."""
-        *tensors, saved, scale, by_hidden, by_weight, by_bias = ctx.saved_tensors
-        arguments = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
-        made = (by_hidden, by_weight, by_bias) if ctx.at_once else None
-        needs = ctx.needs_input_grad[1:]
-        return None, *_differentiable_gradients(upstream, arguments, saved, scale, made, needs)
-
-
-def _differentiable_gradients(
-    upstream: Tensor, arguments: list[Any], saved: Tensor, scale: Tensor, made: Any, needs: tuple[bool, ...]
-) -> tuple[Any, ...]:
-    wanted = _wanted(needs)
-    grads: Any = [None] * 3
-    if any(wanted):
-        grads = LinearGradient.apply(wanted, upstream, *arguments, saved, scale, *(made or [None] * 3))
-    by_target = None
-    if needs[_TARGET]:
-        by_target = torch.ops.fastloss.linear_soft_target_gradient(upstream, *arguments, saved, scale)
-    return _returned(grads, wanted, len(needs), by_target)
-
-
-class LinearGradient(Function):
-    """The gradients as functions that can be differentiated again: forward scales or makes them, backward is plain."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(wanted: Wanted, upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        """Made gradients times upstream, or the kernels."""
-        *inputs, saved, scale, by_hidden, by_weight, by_bias = arguments
-        made = (by_hidden, by_weight, by_bias)
-        if any(grad is not None for grad in made):
-            return tuple(grad * upstream.to(grad.dtype) for grad in made)
-        out = torch.ops.fastloss.linear_cross_entropy_backward(upstream, *inputs, saved, scale, *wanted)
-        return tuple(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the inputs."""
-        ctx.wanted, upstream, *arguments = inputs
-        ctx.count = len(inputs)
-        scale = arguments[13]
-        ctx.constants = [None if isinstance(a, Tensor) else a for a in arguments[:12]]
-        ctx.save_for_backward(upstream, scale, *(a if isinstance(a, Tensor) else None for a in arguments[:12]))
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        """The plain formula, with all logits at once: correct, and slower."""
-        upstream, scale, *tensors = ctx.saved_tensors
-        arguments = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
-        by_upstream, by_factors = _second_derivative(upstream, scale, arguments, ctx.wanted, cotangents)
-        return None, by_upstream, *by_factors, *[None] * (ctx.count - 2 - len(by_factors))
-
-
-def _second_derivative(
-    upstream: Tensor, scale: Tensor, arguments: list[Any], wanted: Wanted, cotangents: tuple[Tensor, ...]
-) -> tuple[Tensor, list[Any]]:
-    (hidden, weight, bias, _), task = grouped(arguments)
-    factors = (hidden, weight) if bias is None else (hidden, weight, bias)
-
-    def losses(*factors: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(*factors)
-        rows = plain.row_losses(logits, task.target, task.class_weight, task.logit_bias, task.options)
-        scaled: Tensor = rows * scale.to(rows.dtype)
-        return scaled
-
-    wanted_cotangents = tuple(c if w else None for c, w in zip(cotangents, wanted, strict=True))[: len(factors)]
-    by_rows, by_factors = plain.vjp_of_vjp(losses, factors, upstream.expand(hidden.shape[0]), wanted_cotangents)
-    by_upstream = by_rows.sum() if upstream.ndim == 0 else by_rows
-    return by_upstream, [*by_factors, *[None] * (3 - len(by_factors))]
+        inputs, (saved, scale, *made) = _saved(ctx)
+        kind, tensors = ("made", (*made, saved)) if ctx.reduced else ("exact", (saved,))
+        grads = _differentiable(upstream, inputs, scale, kind, tensors, ctx.needs_input_grad)
+        return *grads, None, None, None
 
 
 class LinearCrossEntropySampled(Function):
-    """Arguments: as for LinearCrossEntropy, then threshold and seed."""
+    """After the inputs: reduction, denominator, threshold, seed."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -184,45 +126,96 @@ class LinearCrossEntropySampled(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keeps the inputs and the sampled entries."""
         ctx.mark_non_differentiable(*output[1:])
-        ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs[:12]]
-        ctx.count = len(inputs)
-        ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs[:12]), *output[1:])
+        _save(ctx, inputs[:_INPUTS], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         """Sums over the sampled entries."""
-        *tensors, scale, start, columns, values = ctx.saved_tensors
-        arguments = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
-        wanted = _wanted(ctx.needs_input_grad)
-        grads = SampledGradient.apply(wanted, upstream, *arguments, scale, start, columns, values)
-        return _returned(grads, wanted, ctx.count)
+        inputs, (scale, *entries) = _saved(ctx)
+        grads = _differentiable(upstream, inputs, scale, "sampled", tuple(entries), ctx.needs_input_grad)
+        return *grads, None, None, None, None
 
 
-class SampledGradient(Function):
-    """The gradients from sampled entries; differentiated again, they are those of the exact loss, which they estimate."""
+# ---- gradients that can be differentiated again ----------------------------------------------------------------------
+
+
+def _differentiable(
+    upstream: Tensor, inputs: list[Any], scale: Tensor, kind: str, tensors: tuple[Tensor, ...], needs: Sequence[bool]
+) -> list[Any]:
+    # A compiled backward is not differentiated again.
+    make = _gradients if torch.compiler.is_compiling() else LinearGradient.apply
+    wanted = _wanted(needs)
+    grads: Any = [None] * 3
+    if any(wanted):
+        grads = make(*inputs, upstream, scale, kind, tuple(wanted), *tensors)
+    by_target = None
+    if needs[_TARGET]:
+        (by_target,) = make(*inputs, upstream, scale, "target", (), tensors[-1])
+    return _at_their_places(_INPUTS, grads, wanted, by_target)
+
+
+def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """By hidden states, weight and bias; or by the target."""
+    inputs, (upstream, scale, kind, wanted, *tensors) = arguments[:_INPUTS], arguments[_INPUTS:]
+    if kind == "made":
+        return tuple(grad * upstream.to(grad.dtype) for grad in tensors[:3])
+    if kind == "exact":
+        return tuple(torch.ops.fastloss.linear_cross_entropy_backward(upstream, *inputs, *tensors, scale, *wanted))
+    if kind == "sampled":
+        return tuple(torch.ops.fastloss.linear_sampled_backward(upstream, *inputs[:4], *tensors, scale, *wanted))
+    return (torch.ops.fastloss.linear_soft_target_gradient(upstream, *inputs, *tensors, scale),)
+
+
+class LinearGradient(Function):
+    """`_gradients` as a function with a derivative: that of the exact loss, of which sampled gradients are an estimate."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(wanted: Wanted, upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        """Sums over the sampled entries."""
-        *inputs, scale, start, columns, values = arguments
-        entries = SparseGradient(start, columns, values)
-        out = torch.ops.fastloss.linear_sampled_backward(upstream, *inputs[:4], *entries, scale, *wanted)
-        return tuple(out)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        """The kernels."""
+        return _gradients(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keeps the inputs."""
-        ctx.wanted, upstream, *arguments = inputs
-        ctx.constants = [None if isinstance(a, Tensor) else a for a in arguments[:12]]
-        ctx.save_for_backward(upstream, arguments[12], *(a if isinstance(a, Tensor) else None for a in arguments[:12]))
+        upstream, scale, ctx.kind, ctx.wanted, *tensors = inputs[_INPUTS:]
+        ctx.count = len(tensors)
+        _save(ctx, inputs[:_INPUTS], upstream, scale)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        """The plain formula, with all logits at once."""
-        upstream, scale, *tensors = ctx.saved_tensors
-        arguments = [c if t is None else t for t, c in zip(tensors, ctx.constants, strict=True)]
-        by_upstream, by_factors = _second_derivative(upstream, scale, arguments, ctx.wanted, cotangents)
-        return None, by_upstream, *by_factors, *[None] * 13
+        """The plain formula, with all logits at once: correct, and slower."""
+        inputs, (upstream, scale) = _saved(ctx)
+        (hidden, *_), task = grouped(inputs)
+        places = [place for place in (_HIDDEN, _WEIGHT, _BIAS) if inputs[place] is not None]
+        if task.target.dtype in ops.CODES:
+            places.append(_TARGET)
+        if ctx.kind == "target":
+            given = {_TARGET: cotangents[0]}
+        else:
+            triples = zip((_HIDDEN, _WEIGHT, _BIAS), cotangents, ctx.wanted, strict=True)
+            given = {place: cotangent for place, cotangent, want in triples if want}
+
+        def losses(*variables: Tensor) -> Tensor:
+            at = dict(zip(places, variables, strict=True))
+            logits = torch.nn.functional.linear(at[_HIDDEN], at[_WEIGHT], at.get(_BIAS))
+            target = at.get(_TARGET, task.target)
+            rows = plain.row_losses(logits, target, task.class_weight, task.logit_bias, task.options)
+            scaled: Tensor = rows * scale.to(rows.dtype)
+            return scaled
+
+        variables = tuple(inputs[place] for place in places)
+        of_places = tuple(given.get(place) for place in places)
+        by_rows, by_variables = plain.vjp_of_vjp(losses, variables, upstream.expand(hidden.shape[0]), of_places)
+        grads: list[Any] = [None] * (_INPUTS + 4 + ctx.count)
+        for place, grad in zip(places, by_variables, strict=True):
+            grads[place] = grad
+        grads[_INPUTS] = by_rows.sum() if upstream.ndim == 0 else by_rows
+        return tuple(grads)
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
 
 
 class LinearStatistics(Function):
@@ -247,30 +240,34 @@ class LinearStatistics(Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> Any:
         """The gradients, from logits that are made again."""
+        make = _statistics_gradients if torch.compiler.is_compiling() else LinearStatisticsGradient.apply
         wanted = _wanted(ctx.needs_input_grad)
-        constants = (wanted, ctx.chunk_tokens, *ctx.constants)
-        grads = LinearStatisticsGradient.apply(constants, *ctx.saved_tensors, *upstreams[:6])
-        return _returned(grads, wanted, 4 + 2 + 3)
+        grads = make((wanted, ctx.chunk_tokens, *ctx.constants), *ctx.saved_tensors, *upstreams[:6])
+        return tuple(_at_their_places(4 + 2 + 3, grads, wanted))
+
+
+def _statistics_gradients(constants: Any, *tensors: Any) -> tuple[Tensor, ...]:
+    """Coefficients of each token, then one kernel and the products."""
+    wanted, chunk_tokens, softcap, temperature, want = constants
+    hidden, weight, bias, target, logit_bias, saved, entropy, sum_sq_prob, max_prob, argmax, *upstreams = tensors
+    coefficients, ids, factors = statistics_coefficients(
+        target, weight.shape[0], saved, entropy, sum_sq_prob, max_prob, argmax, want, tuple(upstreams)
+    )
+    out = torch.ops.fastloss.linear_gradient(
+        hidden, weight, bias, chunk_tokens, saved, coefficients, ids, factors, logit_bias, softcap, temperature, *wanted
+    )
+    return tuple(out)
 
 
 class LinearStatisticsGradient(Function):
-    """The gradients of the statistics, which can be differentiated again."""
+    """`_statistics_gradients` as a function that can be differentiated again."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(constants: Any, *tensors: Any) -> tuple[Tensor, ...]:
-        """Coefficients of each token, then one kernel and the products."""
-        wanted, chunk_tokens, softcap, temperature, want = constants
-        hidden, weight, bias, target, logit_bias, saved, *rest = tensors
-        entropy, sum_sq_prob, max_prob, argmax, *upstreams = rest
-        coefficients, ids, factors = statistics_coefficients(
-            target, weight.shape[0], saved, entropy, sum_sq_prob, max_prob, argmax, want, tuple(upstreams)
-        )
-        out = torch.ops.fastloss.linear_gradient(
-            hidden, weight, bias, chunk_tokens, saved, coefficients, ids, factors, logit_bias, softcap, temperature, *wanted
-        )
-        return tuple(out)
+        """The kernels."""
+        return _statistics_gradients(constants, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

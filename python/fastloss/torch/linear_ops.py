@@ -17,6 +17,7 @@ from torch import Tensor
 from fastloss import _cpu
 from fastloss._chunks import for_each_chunk
 from fastloss._options import MEAN, NONE
+from fastloss._sampled import Sampler, SparseGradient
 from fastloss.torch import ops
 from fastloss.torch.ops import CODES, CPU, LIBRARY, Options, accumulation_dtype
 from fastloss.torch.projection import NOTHING, Projection, Wanted, spread
@@ -80,11 +81,12 @@ def _forward(
     task = task.of(kept)
     projection = Projection(*head[:3], kept, head.chunk_tokens, wanted)
     divisor = denominator if denominator is not None else task.denominator(projection.tokens) if reduction == MEAN else 1.0
+    numbers = np.arange(all_tokens) if kept is None else kept.numpy()
     losses: list[Tensor] = [torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype))]
     saved: list[Tensor] = [torch.empty((0, 3), dtype=torch.float64)]
 
     def kernel(tokens: slice, logits: Tensor) -> None:
-        sample = None if sampled is None else sampled.start(tokens, kept)
+        sample = None if sampled is None else sampled.start(numbers[tokens])
         loss, rows, _ = ops.cross_entropy(
             logits,
             task.target[tokens],
@@ -163,94 +165,31 @@ def soft_target_gradient(upstream: Tensor, head: Head, task: Task, saved: Tensor
 # ---- the sampled backward --------------------------------------------------------------------------------------------
 
 
-class SparseGradient(NamedTuple):
-    """The kept entries of the gradient by the logits: token i has columns[start[i] : start[i + 1]], and values."""
-
-    start: Tensor
-    columns: Tensor
-    values: Tensor
-
-    @property
-    def pointers(self) -> tuple[int, int, int]:
-        """Where the kernels find them."""
-        return self.start.data_ptr(), self.columns.data_ptr(), self.values.data_ptr()
-
-
-class Sampler:
-    """Collects what sampling keeps of each chunk."""
-
-    def __init__(self, seed: int, threshold: float, tokens: int, dtype: torch.dtype) -> None:
-        """Random numbers depend on the seed, the token and the class."""
-        self._seed, self._threshold = seed, threshold
-        self._tokens = torch.arange(tokens)
-        self._dtype = accumulation_dtype(dtype)
-        self._chunks: list[tuple[int, _cpu.SampledGradient]] = []
-
-    def start(self, tokens: slice, kept: Tensor | None) -> _cpu.SampledGradient:
-        """Where the kernel puts the entries of these tokens."""
-        numbers = self._tokens if kept is None else kept
-        sampled = _cpu.SampledGradient(self._seed, self._threshold, numbers[tokens].data_ptr())
-        self._chunks.append((tokens.stop - tokens.start, sampled))
-        return sampled
-
-    def entries(self, kept: Tensor | None) -> SparseGradient:
-        """All entries, for all tokens."""
-        counts = [sampled.count() for _, sampled in self._chunks]
-        counted = sum(tokens for tokens, _ in self._chunks)
-        out = SparseGradient(
-            torch.zeros(counted + 1, dtype=torch.int64),
-            torch.empty(sum(counts), dtype=torch.int32),
-            torch.empty(sum(counts), dtype=self._dtype),
-        )
-        token = entry = 0
-        for (tokens, sampled), count in zip(self._chunks, counts, strict=True):
-            start, columns, values = out.start[token:], out.columns[entry:], out.values[entry:]
-            pointers = (start.data_ptr(), columns.data_ptr(), values.data_ptr())
-            sampled.copy(entry, *pointers, self._dtype == torch.float64)
-            token, entry = token + tokens, entry + count
-        if kept is None:
-            return out
-        lengths = spread(out.start.diff(), kept, len(self._tokens))
-        return out._replace(start=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
-
-
 def cross_entropy_sampled(
     head: Head, task: Task, reduction: int, denominator: float | None, threshold: float, seed: int
 ) -> tuple[Loss, SparseGradient]:
     """The loss, and a sample of the gradient by the logits of each token's loss."""
-    sampler = Sampler(seed, threshold, head.hidden.shape[0], head.hidden.dtype)
+    sampler = Sampler(seed, threshold, np.float64 if head.hidden.dtype == torch.float64 else np.float32)
     loss, _ = _forward(head, task, reduction, denominator, NOTHING, sampler)
-    return loss, sampler.entries(task.counted())
+    return loss, sampler.entries(head.hidden.shape[0])
 
 
 def sampled_backward(upstream: Tensor, head: Head, entries: SparseGradient, scale: float, wanted: Wanted) -> list[Tensor]:
     """The gradients as sums over the kept entries, in a fixed order."""
-    rows = entries.start.numel() - 1
-    factor = (upstream.to(torch.float64) * scale).expand(rows).repeat_interleave(entries.start.diff())
-    entries = entries._replace(values=(entries.values * factor).to(entries.values.dtype))
+    factors = (upstream.to(torch.float64) * scale).expand(entries.rows)
+    entries = entries.scaled(factors.numpy())
     hidden, weight = head.hidden.contiguous(), head.weight.contiguous()
+    classes = weight.shape[0]
     by_hidden, by_weight, by_bias = (weight.new_empty(0) for _ in wanted)
     if wanted.hidden:
-        by_hidden = ops.fresh_matrix((rows, weight.shape[1]), weight.dtype)
-        _multiply(entries, weight, by_hidden)
+        by_hidden = ops.fresh_matrix(hidden.shape, weight.dtype)
+        entries.multiply(ops.describe(weight, 1), ops.describe(by_hidden, 1))
     if wanted.weight:
         by_weight = ops.fresh_matrix(weight.shape, weight.dtype)
-        _multiply(_transposed(entries, weight.shape[0]), hidden, by_weight)
+        entries.transposed(classes).multiply(ops.describe(hidden, 1), ops.describe(by_weight, 1))
     if wanted.bias:
-        sums = np.bincount(entries.columns.numpy(), entries.values.numpy(), weight.shape[0])
-        by_bias = torch.from_numpy(sums).to(weight.dtype)
+        by_bias = torch.from_numpy(entries.column_sums(classes)).to(weight.dtype)
     return [by_hidden, by_weight, by_bias]
-
-
-def _multiply(sparse: SparseGradient, matrix: Tensor, out: Tensor) -> None:
-    _cpu.multiply(sparse.start.numel() - 1, *sparse.pointers, ops.describe(matrix, 1), ops.describe(out, 1))
-
-
-def _transposed(entries: SparseGradient, classes: int) -> SparseGradient:
-    start, columns, values = entries
-    out = SparseGradient(start.new_empty(classes + 1), torch.empty_like(columns), torch.empty_like(values))
-    _cpu.transpose(start.numel() - 1, *entries.pointers, values.dtype == torch.float64, classes, *out.pointers)
-    return out
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -362,11 +301,11 @@ def _soft_target_op(upstream: Tensor, *args: Any) -> Tensor:
 def _sampled_op(*args: Any) -> tuple[Tensor, ...]:
     head, task, reduction, denominator, threshold, seed = grouped(args)
     loss, entries = cross_entropy_sampled(head, task, reduction, denominator, threshold, int(seed))
-    return loss.loss, _scalar(loss.scale), *entries
+    return loss.loss, _scalar(loss.scale), *map(torch.from_numpy, entries)
 
 
 def _sampled_backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
-    entries, scale, wanted = SparseGradient(*args[4:7]), args[7], Wanted(*args[8:])
+    entries, scale, wanted = SparseGradient(*(part.numpy() for part in args[4:7])), args[7], Wanted(*args[8:])
     return sampled_backward(upstream, Head(*args[:4]), entries, scale.item(), wanted)
 
 
@@ -413,7 +352,7 @@ def _statistics_fake(hidden: Tensor, weight: Tensor, bias: Any, chunk: Any, targ
     return ops.stats_outputs(logits, target, 1, rest[-1])
 
 
-_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear_cross_entropy": (_cross_entropy_op, _cross_entropy_fake),
     "linear_cross_entropy_backward": (_backward_op, lambda upstream, *args: _fake_gradients(*args[:3], *args[-3:])),
     "linear_soft_target_gradient": (_soft_target_op, lambda upstream, *args: torch.empty_like(args[4])),
@@ -422,6 +361,6 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear_statistics": (_statistics_op, _statistics_fake),
     "linear_gradient": (_gradient_op, lambda *args: _fake_gradients(*args[:3], *args[-3:])),
 }
-for _name, (_function, _fake) in _OPERATORS.items():
+for _name, (_function, _fake) in OPERATORS.items():
     LIBRARY.impl(_name, _function, "CPU")
     torch.library.register_fake(f"fastloss::{_name}", _fake)
