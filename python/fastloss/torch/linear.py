@@ -99,7 +99,7 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(hidden, head, torch.tensor([0, 1]))
         >>> loss.backward()
         >>> print(f"{loss.item():.4f}", tuple(hidden.grad.shape), tuple(head.grad.shape))
-        0.3956 (2, 2) (3, 2)
+        0.3955 (2, 2) (3, 2)
 
     Source:
         The sampling rule: Wangni et al., "Gradient Sparsification for Communication-Efficient Distributed Optimization" (2018).

@@ -151,18 +151,21 @@ def _run(role: str, first: Tensor, second: Tensor, *rest: Any) -> None:
     if _PINNED is not None:
         products[_PINNED](first, second, *rest)
         return
-    width = second.shape[1]
-    small = first.shape[0] * max(first.shape[1], second.shape[0]) * width < _MEASURED_FROM
+    small = first.shape[0] * _classes(role, first, second) * second.shape[1] < _MEASURED_FROM
     if role not in _choices and not small:
         _choices[role] = _fastest(role, first, second, rest)
     _choices.get(role, products["blas"])(first, second, *rest)
+
+
+def _classes(role: str, first: Tensor, second: Tensor) -> int:
+    return first.shape[1] if role == "weight" else second.shape[0]
 
 
 def _fastest(role: str, first: Tensor, second: Tensor, rest: tuple[Any, ...]) -> Product:
     """Times each library on a part of the classes, into memory of its own."""
     tokens = first.shape[0]
     width = second.shape[1]
-    classes = max(64, min(_SAMPLE // (tokens * width), max(first.shape[1], second.shape[0])))
+    classes = min(max(64, _SAMPLE // (tokens * width)), _classes(role, first, second))
     arguments: tuple[Any, ...]
     if role == "logits":
         bias = rest[0]

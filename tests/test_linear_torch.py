@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastloss.torch.linear_cross_entropy` over `F.linear` and a cross-entropy in float64, and what it promises of its work."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.nn import functional as F  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import fastloss.torch  # noqa: E402
+from fastloss.torch import linear_ops, matmul  # noqa: E402
+from fastloss.torch.projection import Projection  # noqa: E402
+from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
+
+# torch.compile itself makes an instance of the class that it says must have none.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+TOKENS, CLASSES, FEATURES = 13, 37, 5
+FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
+CLASS_WEIGHT, LOGIT_BIAS = seeded(CLASSES, seed=3).abs() + 0.1, seeded(CLASSES, seed=4, scale=1.0)
+ours = fastloss.torch.linear_cross_entropy
+
+# Options that F.cross_entropy has too, and those that only ours has, whose reference is our own cross_entropy.
+OPTIONS = {
+    "plain": {},
+    "class weight and smoothing": {"weight": CLASS_WEIGHT, "label_smoothing": 0.2},
+    "extras": {"z_loss": 0.1, "softcap": 3.0, "temperature": 0.7, "logit_bias": LOGIT_BIAS},
+}
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def factors(dtype=torch.float64, tokens=TOKENS, classes=CLASSES, features=FEATURES):
+    shapes = ((tokens, features), (classes, features), (classes,))
+    return [seeded(*shape, seed=i, scale=1.0, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+def targets(kind, tokens=TOKENS, classes=CLASSES):
+    if kind == "soft":
+        return seeded_probabilities(tokens, classes)
+    ids = seeded_ids(classes, tokens)
+    if kind == "ignored":
+        ids[::3] = -100
+    return ids
+
+
+def reference(hidden, matrix, bias, target, **options):
+    return fastloss.torch.cross_entropy(F.linear(hidden, matrix, bias), target, **options)
+
+
+def assert_same_gradients(loss, expected, inputs, upstream=None, tolerance=FLOAT64):
+    torch.testing.assert_close(loss, expected, **tolerance, equal_nan=True)
+    upstream = torch.ones_like(expected) if upstream is None else upstream
+    got = torch.autograd.grad(loss, inputs, upstream, retain_graph=True)
+    for one, other in zip(got, torch.autograd.grad(expected, inputs, upstream, retain_graph=True), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **tolerance, equal_nan=True)
+
+
+# ---- values and gradients ----
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 4, 13, 100])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["ids", "ignored", "soft"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_is_linear_and_cross_entropy(name, kind, reduction, chunk_tokens):
+    hidden, weight, bias = factors()
+    target, options = targets(kind), OPTIONS[name] | {"reduction": reduction}
+    loss = ours(hidden, weight, target, linear_bias=bias, chunk_tokens=chunk_tokens, **options)
+    expected = reference(hidden, weight, bias, target, **options)
+    upstream = seeded(*expected.shape, seed=9) if expected.ndim else torch.tensor(-1.7, dtype=torch.float64)
+    assert_same_gradients(loss, expected, (hidden, weight, bias), upstream)
+
+
+CALLS = {
+    "one token": ((FEATURES,), (CLASSES, FEATURES), ()),
+    "tokens": ((4, FEATURES), (CLASSES, FEATURES), (4,)),
+    "one place": ((4, FEATURES), (CLASSES, 3, FEATURES), (4, 3)),
+    "two dimensions of places": ((4, FEATURES), (CLASSES, 3, 2, FEATURES), (4, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["ids", "soft"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_of_pytorch_is_taken(call, reduction, soft):
+    input_shape, weight_shape, target_shape = CALLS[call]
+    hidden = seeded(*input_shape, scale=1.0).requires_grad_()
+    weight = seeded(*weight_shape, seed=1, scale=1.0).requires_grad_()
+    bias = seeded(*weight_shape[:-1], seed=2).requires_grad_()
+    target = seeded_ids(CLASSES, *target_shape)
+    if soft:
+        shape = (*input_shape[:-1], *weight_shape[:-1])
+        target = seeded_probabilities(*shape, dim=len(input_shape) - 1)
+    elif target.numel() > 1:
+        target.view(-1)[1] = -100
+    options = {"linear_bias": bias, "weight": CLASS_WEIGHT, "label_smoothing": 0.1, "reduction": reduction}
+    expected = F.linear_cross_entropy(hidden, weight, target, **options)
+    assert_same_gradients(ours(hidden, weight, target, **options), expected, (hidden, weight, bias))
+
+
+def test_its_arguments_start_with_those_of_pytorch():
+    theirs = list(inspect.signature(F.linear_cross_entropy).parameters.values())
+    mine = inspect.signature(ours).parameters
+    for parameter in theirs:
+        assert mine[parameter.name].kind == parameter.kind
+        assert mine[parameter.name].default == parameter.default
+
+
+def test_options_of_pytorch_set_the_chunk():
+    hidden, weight, _ = factors()
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4)
+    with_options = ours(hidden, weight, targets("ids"), options=options)
+    assert same_bits(with_options, ours(hidden, weight, targets("ids"), chunk_tokens=4))
+
+
+@pytest.mark.parametrize("leading", [(2, 3), (2, 1, 4), (0,), (3, 0)])
+def test_any_leading_dimensions(leading):
+    hidden, weight = seeded(*leading, FEATURES).requires_grad_(), seeded(CLASSES, FEATURES, seed=1).requires_grad_()
+    target = seeded_ids(CLASSES, *leading)
+    loss = ours(hidden, weight, target, reduction="none")
+    flat = reference(hidden.reshape(-1, FEATURES), weight, None, target.reshape(-1), reduction="none").reshape(leading)
+    assert loss.shape == leading
+    assert_same_gradients(loss, flat, (hidden, weight))
+    stats = fastloss.torch.linear_logit_stats(hidden, weight, target, want=("logprob", "argmax"))
+    assert stats.logprob.shape == stats.argmax.shape == leading
+
+
+def test_target_probabilities_get_their_gradient():
+    hidden, weight, bias = factors()
+    target = targets("soft").requires_grad_()
+    for reduction in REDUCTIONS:
+        loss = ours(hidden, weight, target, linear_bias=bias, reduction=reduction, chunk_tokens=4)
+        expected = reference(hidden, weight, bias, target, reduction=reduction)
+        assert_same_gradients(loss, expected, (hidden, weight, bias, target))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_target_ignored(reduction):
+    hidden, weight, bias = factors()
+    target = torch.full((TOKENS,), -100)
+    loss = ours(hidden, weight, target, linear_bias=bias, reduction=reduction)
+    expected = reference(hidden, weight, bias, target, reduction=reduction)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    for grad in torch.autograd.grad(loss.sum(), (hidden, weight, bias)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_a_denominator_keeps_an_ignored_batch_at_zero_and_on_the_graph():
+    hidden, weight, _ = factors()
+    for denominator in (8.0, torch.tensor(8.0)):
+        loss = ours(hidden, weight, torch.full((TOKENS,), -100), denominator=denominator)
+        assert loss.item() == 0.0
+        assert torch.equal(torch.autograd.grad(loss, weight)[0], torch.zeros_like(weight))
+        counted = ours(hidden, weight, targets("ids"), denominator=denominator)
+        torch.testing.assert_close(counted, ours(hidden, weight, targets("ids"), reduction="sum") / 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk_tokens", [None, 16])
+def test_sixteen_bit_gradients_are_as_good_as_those_of_pytorch(dtype, chunk_tokens):
+    hidden, weight, bias = factors(dtype, 96, 700, 48)
+    target = targets("ids", 96, 700)
+    exact = [factor.detach().double().requires_grad_() for factor in (hidden, weight, bias)]
+    truth = torch.autograd.grad(reference(*exact, target), exact)
+    mine = torch.autograd.grad(
+        ours(hidden, weight, target, linear_bias=bias, chunk_tokens=chunk_tokens), (hidden, weight, bias)
+    )
+    logits = F.linear(hidden, weight, bias)
+    theirs = torch.autograd.grad(F.cross_entropy(logits.float(), target), (hidden, weight, bias))
+    for one, other, true in zip(mine, theirs, truth, strict=True):
+        error, their_error = ((x.double() - true).norm() / true.norm() for x in (one, other))
+        assert error <= 1.1 * their_error + 2.0**-12
+
+
+# ---- work and memory ----
+
+
+def test_logits_of_one_chunk_at_most_are_made_at_a_time(monkeypatch):
+    seen = []
+    logits = Projection.logits
+
+    def watched(self, tokens):
+        out = logits(self, tokens)
+        seen.append(out.shape[0])
+        return out
+
+    monkeypatch.setattr(Projection, "logits", watched)
+    hidden, weight, _ = factors()
+    ours(hidden, weight, targets("ids"), chunk_tokens=4).backward()
+    assert seen == [4, 4, 4, 1]  # each of them once: backward makes none
+
+
+def test_ignored_tokens_are_not_multiplied(monkeypatch):
+    rows = []
+    product = matmul.logits_product
+    monkeypatch.setattr(matmul, "logits_product", lambda hidden, *rest: (rows.append(len(hidden)), product(hidden, *rest)))
+    hidden, weight, _ = factors()
+    target = targets("ignored")
+    ours(hidden, weight, target)
+    assert sum(rows) == int((target != -100).sum())
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_products_that_nobody_needs_are_not_made(monkeypatch, needed, reduction):
+    made = []
+    for name in ("hidden_product", "weight_product"):
+        product = getattr(matmul, name)
+        monkeypatch.setattr(matmul, name, lambda *a, name=name, product=product, **k: (made.append(name), product(*a, **k)))
+    hidden, weight, _ = factors()
+    hidden.requires_grad_(needed[0])
+    weight.requires_grad_(needed[1])
+    loss = ours(hidden, weight, targets("ids"), reduction=reduction)
+    assert loss.requires_grad == any(needed)
+    if any(needed):
+        loss.sum().backward()
+    assert set(made) == {name for name, need in zip(("hidden_product", "weight_product"), needed, strict=True) if need}
+
+
+def test_without_gradients_forward_alone_is_done():
+    hidden, weight, _ = factors()
+    with torch.no_grad():
+        loss = ours(hidden, weight, targets("ids"))
+    assert not loss.requires_grad
+    assert same_bits(loss, ours(hidden, weight, targets("ids")).detach())
+
+
+@pytest.mark.parametrize("library", ["blas", "onednn"])
+def test_each_library_gives_the_product(library, monkeypatch):
+    monkeypatch.setattr(matmul, "_PINNED", library)
+    monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * 7 * FEATURES)  # blocks of seven classes
+    hidden, weight, bias = factors(torch.float32)
+    target = targets("ids")
+    loss = ours(hidden, weight, target, linear_bias=bias, chunk_tokens=4)
+    expected = reference(hidden, weight, bias, target)
+    assert_same_gradients(loss, expected, (hidden, weight, bias), tolerance={"rtol": 1e-5, "atol": 1e-6})
+
+
+def test_the_fastest_library_is_measured_once_and_remembered(monkeypatch):
+    monkeypatch.setattr(matmul, "_MEASURED_FROM", 1)
+    monkeypatch.setattr(matmul, "_PINNED", None)
+    monkeypatch.setattr(matmul, "_choices", {})
+    measured = []
+    fastest = matmul._fastest
+    monkeypatch.setattr(matmul, "_fastest", lambda role, *rest: (measured.append(role), fastest(role, *rest))[1])
+    hidden, weight, bias = factors(torch.float32)
+    for _ in range(3):
+        ours(hidden, weight, targets("ids"), linear_bias=bias, chunk_tokens=4).backward()
+    assert sorted(measured) == ["hidden", "logits", "weight"]
+
+
+# ---- autograd ----
+
+
+def test_a_second_backward_gives_the_same_and_leaves_the_first_alone():
+    hidden, weight, bias = factors()
+    loss = ours(hidden, weight, targets("ignored"), linear_bias=bias)
+    first = torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True)
+    copies = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()  # who owns a gradient may change it
+    for again, copy in zip(torch.autograd.grad(loss, (hidden, weight, bias)), copies, strict=True):
+        torch.testing.assert_close(again, copy, **FLOAT64)
+
+
+def test_gradients_accumulate_into_existing_ones_and_are_taken_over_without_a_copy():
+    hidden, weight, _ = factors(torch.float32, 64, 40000, 32)
+    target = targets("ids", 64, 40000)
+    ours(hidden, weight, target).backward()
+    once = weight.grad.clone()
+    place = weight.grad.data_ptr()
+    ours(hidden, weight, target).backward()
+    assert weight.grad.data_ptr() == place
+    torch.testing.assert_close(weight.grad, 2 * once)
+    weight.grad = None
+    fastloss.release_memory()
+    ours(hidden, weight, target).backward()
+    logits = 64 * 40000 * 4
+    # The logits' memory is kept for the next call; that of the gradient is in use, and no copy was made of it.
+    assert logits <= fastloss.release_memory() < logits + weight.nbytes
+
+
+def test_tied_weights_get_both_gradients():
+    embedding = seeded(CLASSES, FEATURES).requires_grad_()
+    ids = targets("ids")
+    loss = ours(torch.tanh(embedding[ids]), embedding, ids.roll(1))
+    expected = reference(torch.tanh(embedding[ids]), embedding, None, ids.roll(1))
+    assert_same_gradients(loss, expected, (embedding,))
+
+
+def test_weight_of_any_strides():
+    hidden, weight, _ = factors()
+    for strided in (weight.detach().t().contiguous().t(), torch.stack([weight.detach()] * 2, 1)[:, 0]):
+        leaf = strided.requires_grad_()
+        for options in ({}, {"backward": "sampled", "seed": 1, "threshold": 0.01}):
+            loss = ours(hidden, leaf, targets("ids"), **options)
+            dense = ours(hidden, weight, targets("ids"), **options)
+            torch.testing.assert_close(loss, dense, **FLOAT64)
+            got, expected = torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(dense, weight)[0]
+            torch.testing.assert_close(got, expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("kind", ["ids", "ignored", "soft"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, OPTIONS["extras"]], ids=["mean", "none", "extras"])
+def test_first_and_second_derivatives(options, kind):
+    inputs = [f.detach()[:6, :3].clone().requires_grad_() if f.ndim > 1 else None for f in factors()]
+    hidden, weight = inputs[:2]
+    bias = seeded(6, seed=2).requires_grad_()
+    target = targets(kind, 6, 6)
+    options = {k: v[:6] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+    def loss(hidden, weight, bias, *soft):
+        return ours(hidden, weight, soft[0] if soft else target, linear_bias=bias, **options)
+
+    variables = (hidden, weight, bias, *((target.requires_grad_(),) if kind == "soft" else ()))
+    assert torch.autograd.gradcheck(loss, variables)
+    assert torch.autograd.gradgradcheck(loss, variables)
+
+
+def test_torch_func_and_vmap():
+    hidden, weight, bias = (f.detach() for f in factors())
+    target, batch, ids = targets("ignored"), seeded(3, TOKENS, FEATURES), seeded_ids(CLASSES, 3, TOKENS)
+    arguments = (hidden, weight, bias)
+    grads = torch.func.grad(lambda h, w, b: ours(h, w, target, linear_bias=b), (0, 1, 2))(*arguments)
+    expected = torch.func.grad(lambda h, w, b: F.cross_entropy(F.linear(h, w, b), target), (0, 1, 2))(*arguments)
+    torch.testing.assert_close(grads, expected, **FLOAT64)
+    for reduction in ("mean", "none"):
+
+        def mine(h, y, reduction=reduction):
+            return ours(h, weight, y, reduction=reduction).sum()
+
+        def theirs(h, y, reduction=reduction):
+            return F.cross_entropy(F.linear(h, weight), y, reduction=reduction).sum()
+
+        torch.testing.assert_close(torch.vmap(mine)(batch, ids), torch.vmap(theirs)(batch, ids), **FLOAT64)
+        got, wanted = (torch.vmap(torch.func.grad(f))(batch, ids) for f in (mine, theirs))
+        torch.testing.assert_close(got, wanted, **FLOAT64)
+        got, wanted = (torch.func.jacrev(torch.func.jacrev(f))(batch[0], ids[0]) for f in (mine, theirs))
+        torch.testing.assert_close(got, wanted, **FLOAT64)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"backward": "sampled", "seed": 3}], ids=str)
+def test_compiled_in_one_graph_it_gives_the_same_bits(options):
+    target = targets("ignored")
+
+    def loss(hidden, weight, bias):
+        return ours(hidden * 2, weight, target, linear_bias=bias, **options).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    variables = factors()
+    pairs = [torch.autograd.grad(f(*variables), variables) for f in (compiled, loss)]
+    assert all(same_bits(one, other) for one, other in zip(*pairs, strict=True))
+    torch._dynamo.reset()
+
+
+def test_autocast_multiplies_in_its_dtype():
+    hidden, weight, bias = factors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(hidden, weight, targets("ids"), linear_bias=bias)
+    low = [f.bfloat16() for f in (hidden, weight, bias)]
+    assert same_bits(loss, ours(low[0], low[1], targets("ids"), linear_bias=low[2]))
+    loss.backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_checkpoints():
+    hidden, weight, _ = factors()
+    for reentrant in (False, True):
+        loss = checkpoint(lambda h, w: ours(h * 2, w, targets("ids")), hidden, weight, use_reentrant=reentrant)
+        assert_same_gradients_of_checkpoint(loss, (hidden, weight))
+
+
+def assert_same_gradients_of_checkpoint(loss, leaves):
+    hidden, weight = leaves
+    hidden.grad = weight.grad = None
+    loss.backward()
+    expected = torch.autograd.grad(reference(hidden * 2, weight, None, targets("ids")), leaves)
+    for leaf, grad in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, grad, **FLOAT64)
+
+
+def test_an_exception_in_a_later_chunk_leaves_no_gradient(monkeypatch):
+    hidden, weight, _ = factors()
+
+    def fail(*args, **kwargs):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(linear_ops.ops, "cross_entropy", fail)
+    with pytest.raises(MemoryError):
+        ours(hidden, weight, targets("ids"))
+    assert hidden.grad is None
+    assert weight.grad is None
+
+
+# ---- module and statistics ----
+
+
+def test_module_has_the_state_of_that_of_pytorch():
+    theirs = torch.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True, weight=CLASS_WEIGHT, dtype=torch.float64)
+    mine = fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True, weight=CLASS_WEIGHT, dtype=torch.float64)
+    mine.load_state_dict(theirs.state_dict())
+    hidden, target = factors()[0], targets("ignored")
+    torch.testing.assert_close(mine(hidden, target), theirs(hidden, target), **FLOAT64)
+    assert list(mine.state_dict()) == list(theirs.state_dict())
+    assert "backward='exact'" in repr(mine)
+
+
+def test_module_with_places():
+    theirs = torch.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, out_features=(2, 3), bias=True, dtype=torch.float64)
+    mine = fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, out_features=(2, 3), bias=True, dtype=torch.float64)
+    mine.load_state_dict(theirs.state_dict())
+    hidden, target = factors()[0], seeded_ids(CLASSES, TOKENS, 2, 3)
+    torch.testing.assert_close(mine(hidden, target), theirs(hidden, target), **FLOAT64)
+
+
+STATISTICS = ("logprob", "logsumexp", "entropy", "mean_logit", "sum_sq_prob", "max_prob")
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one id", "three ids"])
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+def test_statistics_are_those_of_the_logits(many, chunk_tokens):
+    hidden, weight, bias = factors()
+    target = seeded_ids(CLASSES, TOKENS, 3) if many else targets("ids")
+    transform = {"softcap": 3.0, "temperature": 0.7}
+    got = fastloss.torch.linear_logit_stats(
+        hidden, weight, target, bias=bias, want=(*STATISTICS, "argmax", "rank"), chunk_tokens=chunk_tokens, **transform
+    )
+    logits = F.linear(hidden, weight, bias)
+    expected = fastloss.torch.logit_stats(logits, target, want=(*STATISTICS, "argmax", "rank"), **transform)
+    assert torch.equal(got.argmax, expected.argmax)
+    assert torch.equal(got.rank, expected.rank)
+    for name in STATISTICS:
+        assert_same_gradients(getattr(got, name).sum(), getattr(expected, name).sum(), (hidden, weight, bias))
+
+
+def test_statistics_differentiate_twice_and_compile():
+    hidden, weight, bias = (f.detach()[:6].clone().requires_grad_() for f in factors())
+    target = targets("ids", 6, 6)
+
+    def stats(hidden, weight, bias):
+        found = fastloss.torch.linear_logit_stats(hidden, weight, target, bias=bias, want=STATISTICS)
+        return tuple(getattr(found, name) for name in STATISTICS)
+
+    assert torch.autograd.gradcheck(stats, (hidden, weight, bias))
+    assert torch.autograd.gradgradcheck(stats, (hidden, weight, bias))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *f: sum(s.sum() for s in stats(*f)), fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(hidden, weight, bias), (hidden, weight, bias))
+    expected = torch.autograd.grad(sum(s.sum() for s in stats(hidden, weight, bias)), (hidden, weight, bias))
+    torch.testing.assert_close(got, expected, **FLOAT64)
+    torch._dynamo.reset()
+
+
+def test_confident_tokens_keep_their_gradient():
+    weight = torch.eye(4, dtype=torch.float32).requires_grad_()
+    hidden = torch.tensor([[14.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    ours(hidden, weight, torch.tensor([0])).backward()
+    p = torch.softmax(hidden.detach().double()[0], 0)
+    np.testing.assert_allclose(hidden.grad[0].double(), p - torch.tensor([1.0, 0, 0, 0]), rtol=1e-5)
