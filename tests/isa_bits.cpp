@@ -56,7 +56,8 @@ struct Outcome {
   std::vector<Partial> partials;
   std::vector<RowStats> stats;
   std::vector<int64_t> ranks;
-  std::vector<char> gradient, soft_gradient;
+  std::vector<char> gradient, soft_gradient, combined, sums;
+  std::vector<double> sampled;  // columns and values in turn
 };
 
 bool same(const void* a, const void* b, size_t bytes) { return memcmp(a, b, bytes) == 0; }
@@ -142,6 +143,32 @@ Outcome run(const Kernels& kernels, const Case& c) {
   out.soft_gradient.resize(logits.size());
   k.soft_gradient(pass, tile(logits), c.rows, 0, blocks, out.stats.data(), scale.data(), tile(out.soft_gradient),
                   buffers.scratch);
+  if (c.rows == 1) {
+    const auto sample = [&](auto* kept) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int count = k.sample(pass, tile(logits), tile(soft), block, coefficients[0], {1, id.data()}, g.data(),
+                                   {0.01, {0x12345678, 0x9abcdef0}}, kept, buffers.scratch);
+        for (int i = 0; i < count; ++i) {
+          out.sampled.push_back(kept[i].column);
+          out.sampled.push_back(kept[i].value);
+        }
+      }
+    };
+    std::vector<Kept<double>> kept_wide(kBlock);
+    std::vector<Kept<float>> kept(kBlock);
+    wide ? sample(kept_wide.data()) : sample(kept.data());
+  }
+  const std::vector<int32_t> combined_rows = {c.rows - 1, 0, c.rows / 2};
+  const std::vector<char> factors = stored({0.3, -1.7, 0.01}, wide ? kF64 : kF32);
+  out.combined.resize(logits.size() / c.rows);
+  k.weighted_rows({logits.data(), c.dtype, c.classes, 1}, c.classes, combined_rows.data(), factors.data(), 3,
+                  {out.combined.data(), c.dtype, 0, 1}, false);
+  if (c.dtype == kF16 || c.dtype == kBF16) {
+    const std::vector<float> sum(x.begin(), x.end());
+    out.sums.resize(6 * size);
+    kernels.accumulate(logits.data(), c.dtype, size, sum.data(), out.sums.data(), true);
+    kernels.accumulate(logits.data(), c.dtype, size, sum.data(), out.sums.data() + 4 * size, false);
+  }
   out.gradient = logits;  // in place
   k.gradient(pass, tile(out.gradient), c.kind == 0 ? Tile{} : tile(soft), c.rows, 0, blocks, coefficients.data(), ids, g.data(),
              corrected.data(), tile(out.gradient), buffers.scratch);
@@ -155,6 +182,10 @@ const char* difference(const Outcome& a, const Outcome& b, Dtype dtype) {
   if (a.ranks != b.ranks) return "ranks";
   if (!same_numbers(a.gradient, b.gradient, dtype)) return "gradient";
   if (!same_numbers(a.soft_gradient, b.soft_gradient, dtype)) return "gradient by the soft targets";
+  if (a.sampled.size() != b.sampled.size()) return "number of sampled entries";
+  if (!same_doubles(a.sampled.data(), b.sampled.data(), a.sampled.size() * sizeof(double))) return "sampled entries";
+  if (!same_numbers(a.combined, b.combined, dtype)) return "weighted rows";
+  if (!same_numbers(a.sums, b.sums, dtype)) return "sums of products";
   return nullptr;
 }
 
