@@ -238,9 +238,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release release;
     transpose(sparse_rows(rows, start, ids, values), wide ? kF64 : kF32, sparse_rows(columns, out_start, out_ids, out_values));
   });
-  m.def("accumulate", [](uintptr_t x, int dtype, int64_t n, uintptr_t sum, uintptr_t out, bool out_is_float32) {
+  m.def("add_transposed_product", [](uintptr_t product, const Tensor& grad, const Tensor& hidden, uintptr_t total, bool add) {
     const py::gil_scoped_release release;
-    accumulate(pointer<const void>(x), static_cast<Dtype>(dtype), n, pointer<const float>(sum), pointer(out), out_is_float32);
+    add_transposed_product(reinterpret_cast<BlockProduct>(product), grad, hidden, pointer<float>(total), add);
   });
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);

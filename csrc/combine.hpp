@@ -44,30 +44,5 @@ void weighted_rows(const Tile& matrix, int64_t width, const int32_t* ids, const 
   if (stream) V::fence();
 }
 
-// out = x, or sum + x: partial sums of 16-bit products, gathered in float32 and rounded at the end.
-template <class V, class T, class Out>
-inline void accumulate_run(const T* x, int64_t n, const float* sum, Out* out) {
-  int64_t i = 0;
-  for (; i + V::kWidth <= n; i += V::kWidth) {
-    const auto value = V::load(x + i);
-    V::store(out + i, sum ? V::add(V::load(sum + i), value) : value);
-  }
-  for (; i < n; ++i) out[i] = narrow<Out>(sum ? sum[i] + widen(x[i]) : widen(x[i]));
-}
-
-template <class V>
-void accumulate(const void* x, Dtype dtype, int64_t n, const float* sum, void* out, bool out_is_float32) {
-  const auto run = [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    const T* from = static_cast<const T*>(x);
-    if (out_is_float32) {
-      accumulate_run<V>(from, n, sum, static_cast<float*>(out));
-    } else {
-      accumulate_run<V>(from, n, sum, static_cast<T*>(out));
-    }
-  };
-  dtype == kBF16 ? run(TypeTag<BF16>{}) : run(TypeTag<F16>{});
-}
-
 }  // namespace
 }  // namespace fastloss

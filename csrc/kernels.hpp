@@ -148,9 +148,6 @@ struct Kernels {
   const char* name;
   RowKernels f32;  // logits of float32, float16, bfloat16: accumulated in float32
   RowKernels f64;  // logits of float64
-
-  // out = sum + x, or x where there is no sum: x of a 16-bit type, `out` float32 or rounded to the type of x.
-  void (*accumulate)(const void* x, Dtype dtype, int64_t n, const float* sum, void* out, bool out_is_float32);
 };
 
 extern const Kernels kernels_scalar;

@@ -51,13 +51,75 @@ void transpose(const SparseRows& sparse, Dtype values, const SparseRows& out) {
   }
 }
 
-void accumulate(const void* x, Dtype dtype, int64_t n, const float* sum, void* out, bool out_is_float32) {
-  const int64_t out_size = out_is_float32 ? 4 : 2;
-  parallel_for((n + kTaskElements - 1) / kTaskElements, n < kTaskElements ? 1 : get_num_threads(), [&](int64_t task) {
-    const int64_t begin = task * kTaskElements;
-    kernels().accumulate(static_cast<const char*>(x) + 2 * begin, dtype, std::min(kTaskElements, n - begin),
-                         sum ? sum + begin : nullptr, static_cast<char*>(out) + out_size * begin, out_is_float32);
+namespace {
+
+constexpr int64_t kBlockClasses = 128;  // classes of one block: its factor stays in L2
+constexpr int64_t kPanelFeatures = 64;  // features of one product: what a block of registers holds
+
+// How many tokens lie side by side in a packed factor: a dot product of bfloat16 takes them in pairs.
+template <class T>
+constexpr int64_t kTogether = sizeof(T) == 2 ? 2 : 1;
+
+// Panels of features, each [tokens / kTogether][feature][kTogether].
+template <class T>
+std::vector<T> packed_panels(const Tensor& rows) {
+  constexpr int64_t kStep = kTogether<T>;
+  const int64_t tokens = rows.shape[0], features = rows.shape[1];
+  const int64_t groups = (tokens + kStep - 1) / kStep;
+  std::vector<T> out(groups * kStep * features);
+  for (int64_t first = 0; first < features; first += kPanelFeatures) {
+    const int64_t width = std::min(kPanelFeatures, features - first);
+    T* panel = out.data() + first * groups * kStep;
+    for (int64_t token = 0; token < tokens; ++token) {
+      const T* from = reinterpret_cast<const T*>(rows.data) + token * rows.strides[0] + first;
+      T* to = panel + token / kStep * width * kStep + token % kStep;
+      for (int64_t i = 0; i < width; ++i) to[kStep * i] = from[i];
+    }
+  }
+  return out;
+}
+
+// `classes` columns become rows of `out`, `out_step` apart; squares keep both sides in the cache.
+template <class T>
+void transpose_block(const T* rows, int64_t tokens, int64_t step, int64_t classes, int64_t out_step, T* out) {
+  constexpr int64_t kSide = 16;
+  for (int64_t t = 0; t < tokens; t += kSide) {
+    for (int64_t c = 0; c < classes; c += kSide) {
+      const int64_t token_end = std::min(tokens, t + kSide), class_end = std::min(classes, c + kSide);
+      for (int64_t i = c; i < class_end; ++i) {
+        for (int64_t token = t; token < token_end; ++token) out[i * out_step + token] = rows[token * step + i];
+      }
+    }
+  }
+}
+
+template <class T>
+void add_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add) {
+  const int64_t tokens = grad.shape[0], classes = grad.shape[1], features = hidden.shape[1];
+  const int64_t whole = (tokens + kTogether<T> - 1) / kTogether<T> * kTogether<T>;
+  const std::vector<T> panels = packed_panels<T>(hidden);
+  parallel_for((classes + kBlockClasses - 1) / kBlockClasses, get_num_threads(), [&](int64_t block) {
+    thread_local std::vector<T> factor;
+    factor.assign(kBlockClasses * whole, T(0));
+    const int64_t first = block * kBlockClasses;
+    const int64_t count = std::min(kBlockClasses, classes - first);
+    transpose_block(reinterpret_cast<const T*>(grad.data) + first, tokens, grad.strides[0], count, whole, factor.data());
+    for (int64_t feature = 0; feature < features; feature += kPanelFeatures) {
+      const int64_t width = std::min(kPanelFeatures, features - feature);
+      product(count, width, whole, whole, width, features, add, factor.data(), panels.data() + feature * whole,
+              total + first * features + feature, kTogether<T> > 1);
+    }
   });
+}
+
+}  // namespace
+
+void add_transposed_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add) {
+  if (grad.dtype == kBF16) {
+    add_product<uint16_t>(product, grad, hidden, total, add);
+  } else {
+    add_product<float>(product, grad, hidden, total, add);
+  }
 }
 
 }  // namespace fastloss

@@ -22,7 +22,14 @@ void multiply(const SparseRows& sparse, const Tensor& matrix, const Tensor& out)
 // `out` has as many rows as `sparse` has columns; entries of a row stay in the order of the rows they came from.
 void transpose(const SparseRows& sparse, Dtype values, const SparseRows& out);
 
-// out = sum + x, or x without a sum; x of a 16-bit dtype, out float32 or of the dtype of x.
-void accumulate(const void* x, Dtype dtype, int64_t n, const float* sum, void* out, bool out_is_float32);
+// c = a b, or c + a b, for small blocks: a of m rows and k columns; b of k rows, for bfloat16 in pairs that are interleaved; c
+// float32. This is the signature of PyTorch's at::native::cpublas::brgemm.
+using BlockProduct = void (*)(int64_t m, int64_t n, int64_t k, int64_t step_a, int64_t step_b, int64_t step_c, bool add,
+                              const void* a, const void* b, float* c, bool b_is_interleaved);
+
+// total = grad^T hidden, or total + grad^T hidden, for matrices of bfloat16 or float32 with adjacent columns and a float32
+// total. What PyTorch itself offers rounds the product of bfloat16 matrices to bfloat16, and has no fast form of this product
+// of float32 matrices.
+void add_transposed_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add);
 
 }  // namespace fastloss

@@ -56,7 +56,7 @@ struct Outcome {
   std::vector<Partial> partials;
   std::vector<RowStats> stats;
   std::vector<int64_t> ranks;
-  std::vector<char> gradient, soft_gradient, combined, sums;
+  std::vector<char> gradient, soft_gradient, combined;
   std::vector<double> sampled;  // columns and values in turn
 };
 
@@ -163,12 +163,6 @@ Outcome run(const Kernels& kernels, const Case& c) {
   out.combined.resize(logits.size() / c.rows);
   k.weighted_rows({logits.data(), c.dtype, c.classes, 1}, c.classes, combined_rows.data(), factors.data(), 3,
                   {out.combined.data(), c.dtype, 0, 1}, false);
-  if (c.dtype == kF16 || c.dtype == kBF16) {
-    const std::vector<float> sum(x.begin(), x.end());
-    out.sums.resize(6 * size);
-    kernels.accumulate(logits.data(), c.dtype, size, sum.data(), out.sums.data(), true);
-    kernels.accumulate(logits.data(), c.dtype, size, sum.data(), out.sums.data() + 4 * size, false);
-  }
   out.gradient = logits;  // in place
   k.gradient(pass, tile(out.gradient), c.kind == 0 ? Tile{} : tile(soft), c.rows, 0, blocks, coefficients.data(), ids, g.data(),
              corrected.data(), tile(out.gradient), buffers.scratch);
@@ -185,7 +179,6 @@ const char* difference(const Outcome& a, const Outcome& b, Dtype dtype) {
   if (a.sampled.size() != b.sampled.size()) return "number of sampled entries";
   if (!same_doubles(a.sampled.data(), b.sampled.data(), a.sampled.size() * sizeof(double))) return "sampled entries";
   if (!same_numbers(a.combined, b.combined, dtype)) return "weighted rows";
-  if (!same_numbers(a.sums, b.sums, dtype)) return "sums of products";
   return nullptr;
 }
 

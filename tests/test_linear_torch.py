@@ -241,6 +241,24 @@ def test_each_library_gives_the_product(library, monkeypatch):
     assert_same_gradients(loss, expected, (hidden, weight, bias), tolerance={"rtol": 1e-5, "atol": 1e-6})
 
 
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "no blocks"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 129, 65), (32, 300, 64), (33, 128, 200)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weight_products_are_sums_in_float32(dtype, shape, blocks, monkeypatch):
+    tokens, classes, features = shape
+    if not blocks:
+        monkeypatch.setattr(matmul, "_BLOCKS", dict.fromkeys(matmul._BLOCKS, 0))
+    monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * tokens * 50)  # blocks of fifty classes
+    grad = seeded(tokens, classes + 3, dtype=dtype)[:, :classes]  # rows with a stride
+    hidden = seeded(tokens, features, seed=1, dtype=dtype)
+    total = torch.empty(classes, features)
+    exact = grad.double().t() @ hidden.double()
+    scale = grad.double().abs().t() @ hidden.double().abs()
+    for times in (1, 2):
+        matmul.weight_product(grad, hidden, total, add=times > 1)
+        assert bool(((total.double() - times * exact).abs() <= times * tokens * 2.0**-23 * scale).all())
+
+
 def test_the_fastest_library_is_measured_once_and_remembered(monkeypatch):
     monkeypatch.setattr(matmul, "_MEASURED_FROM", 1)
     monkeypatch.setattr(matmul, "_PINNED", None)

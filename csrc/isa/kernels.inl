@@ -291,8 +291,7 @@ constexpr RowKernels row_kernels() {
 
 template <class Isa>
 constexpr Kernels make_kernels() {
-  using F32 = typename Isa::F32;
-  return {Isa::kName, row_kernels<F32>(), row_kernels<typename Isa::F64>(), &accumulate<F32>};
+  return {Isa::kName, row_kernels<typename Isa::F32>(), row_kernels<typename Isa::F64>()};
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastloss import _cpu
 from fastloss._chunks import BLOCK_BYTES, slices
-from fastloss.torch.ops import CODES
+from fastloss.torch.ops import describe, symbol
 
 Product = Callable[..., None]
 
@@ -38,36 +38,16 @@ def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def weight_product(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
-    """total = grad.T @ hidden, added to what is there if `add`; total is float32 for 16-bit factors."""
-    if total.dtype != hidden.dtype:
-        _accumulate_16_bit(grad, hidden, total if add else None, total)
-    else:
+    """total = grad.T @ hidden, added to what is there if `add`; `total` is float32 for 16-bit factors."""
+    if total.dtype == hidden.dtype:
         _run("weight", grad, hidden, total, add)
-
-
-def last_weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tensor) -> None:
-    """out = total + grad.T @ hidden, rounded to the 16-bit type of the factors."""
-    if total is None:
-        torch.mm(grad.t(), hidden, out=out)
+    elif hidden.dtype == torch.bfloat16 and _BLOCKS[torch.bfloat16]:
+        _blocks_weight(grad, hidden, total, add)
     else:
-        _accumulate_16_bit(grad, hidden, total, out)
-
-
-def _accumulate_16_bit(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tensor) -> None:
-    """PyTorch has no product of 16-bit factors with a float32 result: blocks of it are added while they are in the cache."""
-    rows = max(1, BLOCK_BYTES // (hidden.shape[1] * hidden.element_size()))
-    room = hidden.new_empty((min(rows, grad.shape[1]), hidden.shape[1]))
-    for classes in slices(grad.shape[1], rows):
-        product = room[: classes.stop - classes.start]
-        torch.mm(grad[:, classes].t(), hidden, out=product)
-        _cpu.accumulate(
-            product.data_ptr(),
-            CODES[product.dtype],
-            product.numel(),
-            0 if total is None else total[classes].data_ptr(),
-            out[classes].data_ptr(),
-            out.dtype == torch.float32,
-        )
+        # PyTorch rounds products of 16-bit factors to 16 bits: here they are made in float32, a block of classes at a time.
+        wide = hidden.float()
+        for classes in slices(grad.shape[1], max(1, BLOCK_BYTES // (4 * grad.shape[0]))):
+            _run("weight", grad[:, classes].float(), wide, total[classes], add)
 
 
 # ---- BLAS: torch.mm --------------------------------------------------------------------------------------------------
@@ -108,19 +88,41 @@ def _onednn_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     out.copy_(_linear(grad, weight.t()))
 
 
-def _onednn_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
-    for classes in slices(grad.shape[1], max(1, BLOCK_BYTES // (4 * hidden.shape[1]))):
-        product = _linear(grad[:, classes].t(), hidden.t())
-        if add:
-            total[classes] += product
-        else:
-            total[classes] = product
+# ---- oneDNN's product of small blocks: the sum stays where it is, in float32 -------------------------------------------
+
+
+def _blocks_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
+    _cpu.add_transposed_product(_BLOCKS[grad.dtype], describe(grad, 1), describe(hidden, 1), total.data_ptr(), add)
+
+
+def _find_blocks(dtype: torch.dtype, mangled: str) -> int:
+    """The address of brgemm, part of the C++ interface of PyTorch; 0 where there is none that is fast.
+
+    It is found by name in the library that is loaded, and tried before it is used.
+    """
+    fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if dtype == torch.bfloat16 else ("_is_avx512_supported",)
+    if not any(getattr(torch.cpu, name, lambda: False)() for name in fast):
+        return 0
+    address = symbol(f"_ZN2at6native7cpublas6brgemmEllllllb{mangled}Pfb")
+    ones, total = torch.ones((4, 8), dtype=dtype), torch.ones((8, 8))
+    try:
+        if address:
+            _cpu.add_transposed_product(address, describe(ones, 1), describe(ones, 1), total.data_ptr(), True)
+    except RuntimeError:  # this build of PyTorch or this CPU has no kernel for it
+        return 0
+    return address if bool((total == 5).all()) else 0
+
+
+_BLOCKS = {
+    torch.float32: _find_blocks(torch.float32, "PKfS3_"),
+    torch.bfloat16: _find_blocks(torch.bfloat16, "PKN3c108BFloat16ES5_"),
+}
 
 
 _PRODUCTS: dict[str, dict[str, Product]] = {
     "logits": {"blas": _blas_logits, "onednn": _onednn_logits},
     "hidden": {"blas": _blas_hidden, "onednn": _onednn_hidden},
-    "weight": {"blas": _blas_weight, "onednn": _onednn_weight},
+    "weight": {"blas": _blas_weight, "onednn": _blocks_weight if _BLOCKS[torch.float32] else _blas_weight},
 }
 
 

@@ -337,15 +337,20 @@ torch.library.register_fake(
 torch.library.register_fake("fastloss::gradient", lambda logits, *rest: torch.empty_like(logits))
 
 
-def _use_torch_pool() -> None:
-    """Runs our loops on PyTorch's threads, by the C symbols of the library that is already loaded (PyTorch 2.10 and later)."""
+def symbol(name: str) -> int:
+    """The address of a function of PyTorch's own library, which is loaded; 0 where it has none of this name."""
     for library in Path(torch.__file__).parent.joinpath("lib").glob("libtorch_cpu.*"):
-        loaded = ctypes.CDLL(str(library))
-        try:
-            parallel_for, threads = loaded.torch_parallel_for, loaded.torch_get_num_threads
-        except AttributeError:
-            return
-        _cpu.use_torch_pool(*(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in (parallel_for, threads)))
+        function = getattr(ctypes.CDLL(str(library)), name, None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+def _use_torch_pool() -> None:
+    """Runs our loops on PyTorch's threads (PyTorch 2.10 and later)."""
+    parallel_for, threads = symbol("torch_parallel_for"), symbol("torch_get_num_threads")
+    if parallel_for and threads:
+        _cpu.use_torch_pool(parallel_for, threads)
 
 
 _use_torch_pool()

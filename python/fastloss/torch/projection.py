@@ -48,13 +48,10 @@ class Projection:
         self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], weight.element_size())
         self._room = fresh_matrix((self._size, weight.shape[0]), weight.dtype)
         self._grad_hidden = torch.empty_like(self._hidden) if wanted.hidden else None
-        self._grad_weight = fresh_matrix(weight.shape, weight.dtype) if wanted.weight else None
-        # The sum over chunks: the gradient itself, or a float32 matrix where that has 16 bits and there are several chunks.
-        self._sum = self._grad_weight
-        if self._grad_weight is not None and weight.element_size() == 2:
-            self._sum = fresh_matrix(weight.shape, torch.float32) if self.tokens > self._size else None
+        # Sums over chunks are those of the accumulation type, rounded at the end.
         sums = accumulation_dtype(weight.dtype)
-        self._grad_bias = torch.zeros(weight.shape[0], dtype=sums) if wanted.bias else None
+        self._sum_weight = fresh_matrix(weight.shape, sums) if wanted.weight else None
+        self._sum_bias = torch.zeros(weight.shape[0], dtype=sums) if wanted.bias else None
 
     @property
     def tokens(self) -> int:
@@ -76,24 +73,24 @@ class Projection:
         hidden = self._hidden[tokens]
         if self._grad_hidden is not None:
             matmul.hidden_product(grad, self._weight, self._grad_hidden[tokens])
-        if self._grad_weight is not None:
-            first, last = tokens.start == 0, tokens.stop == self.tokens
-            if last and self._grad_weight.element_size() == 2:
-                matmul.last_weight_product(grad, hidden, self._sum, self._grad_weight)
-            elif self._sum is not None:
-                matmul.weight_product(grad, hidden, self._sum, add=not first)
-        if self._grad_bias is not None:
-            self._grad_bias += grad.sum(0, dtype=self._grad_bias.dtype)
+        if self._sum_weight is not None:
+            matmul.weight_product(grad, hidden, self._sum_weight, add=tokens.start > 0)
+        if self._sum_bias is not None:
+            self._sum_bias += grad.sum(0, dtype=self._sum_bias.dtype)
 
     def gradients(self) -> list[Tensor]:
         """The gradients by hidden states, weight and bias; empty where they are not wanted."""
-        if self._grad_weight is not None and self.tokens == 0:
-            self._grad_weight.zero_()
-        by_hidden = self._grad_hidden
-        if by_hidden is not None:
-            by_hidden = spread(by_hidden, self._kept, self._all_tokens)
-        by_bias = None if self._grad_bias is None else self._grad_bias.to(self._weight.dtype)
-        return [self._weight.new_empty(0) if grad is None else grad for grad in (by_hidden, self._grad_weight, by_bias)]
+        dtype = self._weight.dtype
+        by_hidden, by_weight, by_bias = (self._weight.new_empty(0) for _ in range(3))
+        if self._grad_hidden is not None:
+            by_hidden = spread(self._grad_hidden, self._kept, self._all_tokens)
+        if self._sum_weight is not None:
+            by_weight = self._sum_weight if self.tokens else self._sum_weight.zero_()
+        if by_weight.dtype != dtype:
+            by_weight = fresh_matrix(by_weight.shape, dtype).copy_(by_weight)
+        if self._sum_bias is not None:
+            by_bias = self._sum_bias.to(dtype)
+        return [by_hidden, by_weight, by_bias]
 
 
 def spread(rows: Tensor, kept: Tensor | None, length: int) -> Tensor:
