@@ -56,14 +56,17 @@ class Call {
     return sum;
   }
 
-  double row_loss(int64_t row, const RowStats& stats, const double* target_z, SavedRow* saved) const {
+  double row_loss(int64_t row, const RowStats& stats, double target_z, SavedRow* saved) const {
     if (soft_) return cross_entropy_of_soft_target(options_, classes_, stats, saved);
-    return cross_entropy_of_id(options_, classes_, stats, *target_z, row_weight(row), saved);
+    return cross_entropy_of_id(options_, classes_, stats, target_z, row_weight(row), saved);
   }
 
-  void row_gradient(int64_t row, const SavedRow& saved, double upstream, GradientRow& out, double* g) const {
-    out = cross_entropy_gradient(options_, classes_, saved, row_weight(row), soft_, upstream);
-    if (!soft_) *g = upstream * row_weight(row) * (1.0 - options_.label_smoothing);
+  // `g` has one number a row, but with soft targets none.
+  void row_gradient(const Rows& rows, int r, const SavedRow* saved, double upstream, GradientRow* out, double* g) const {
+    if (rows.ignored[r]) return;
+    const int64_t row = rows.first + r;
+    out[r] = cross_entropy_gradient(options_, classes_, saved[row], row_weight(row), soft_, upstream);
+    if (!soft_) g[r] = upstream * row_weight(row) * (1.0 - options_.label_smoothing);
   }
 
   Sweep sweep(const Tensor& grad) const {
@@ -112,13 +115,17 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
   std::vector<SavedRow> kept(saved ? 0 : rows);
   SavedRow* rows_saved = saved ? reinterpret_cast<SavedRow*>(saved) : kept.data();
   Sweep sweep = call.sweep(grad);
-  sweep.on_row = [&](int64_t row, const RowStats* stats, const double* target_z, const int64_t*) {
-    rows_saved[row] = {};
-    const double row_loss = stats ? call.row_loss(row, *stats, target_z, &rows_saved[row]) : 0.0;
-    if (reduction == Reduction::kNone) {
-      write_number(loss, dtype, row, row_loss);
-    } else {
-      losses[row] = row_loss;
+  sweep.on_rows = [&](const Rows& rows, const RowStats* stats, const double* target_z, const int64_t*) {
+    for (int r = 0; r < rows.count; ++r) {
+      const int64_t row = rows.first + r;
+      rows_saved[row] = {};
+      const double row_loss =
+          rows.ignored[r] ? 0.0 : call.row_loss(row, stats[r], c.target ? target_z[r] : 0.0, &rows_saved[row]);
+      if (reduction == Reduction::kNone) {
+        write_number(loss, dtype, row, row_loss);
+      } else {
+        losses[row] = row_loss;
+      }
     }
   };
   if (sampled) {
@@ -126,8 +133,8 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
     sampled->rows.resize(rows);
   }
   if (grad || sampled) {
-    sweep.coefficients = [&](int64_t row, GradientRow& out, double* g) {
-      call.row_gradient(row, rows_saved[row], upstream, out, g);
+    sweep.coefficients = [&](const Rows& rows, GradientRow* out, double* g) {
+      for (int r = 0; r < rows.count; ++r) call.row_gradient(rows, r, rows_saved, upstream, out, g);
     };
   }
   sweep.run();
@@ -144,9 +151,11 @@ void cross_entropy_backward(const CrossEntropyCall& c, double scale, const doubl
   const Call call(c);
   const SavedRow* rows_saved = reinterpret_cast<const SavedRow*>(saved);
   Sweep sweep = call.sweep(grad);
-  sweep.coefficients = [&](int64_t row, GradientRow& out, double* g) {
-    const double u = scale * number(upstream.data, upstream.dtype, row * upstream.step);
-    call.row_gradient(row, rows_saved[row], u, out, g);
+  sweep.coefficients = [&](const Rows& rows, GradientRow* out, double* g) {
+    for (int r = 0; r < rows.count; ++r) {
+      const double u = scale * number(upstream.data, upstream.dtype, (rows.first + r) * upstream.step);
+      call.row_gradient(rows, r, rows_saved, u, out, g);
+    }
   };
   sweep.run();
 }

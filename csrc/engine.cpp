@@ -90,7 +90,7 @@ class Tiling {
  public:
   Tiling(const RowLayout& layout, int64_t rows, int64_t classes, bool classes_adjacent) : inner_(layout.inner()) {
     const int64_t staged = (std::min<int64_t>(classes, kBlock) + kLanes - 1) / kLanes * kLanes;
-    const int64_t most = std::clamp<int64_t>(kTileElements / staged, 1, kTileRows);
+    const int64_t most = std::min<int64_t>(kTileElements / staged / kRowGroup * kRowGroup, kTileRows);
     // Adjacent classes: as many short rows as fit in a block. Else enough rows to use whole cache lines.
     rows_ = std::min(inner_, classes_adjacent ? std::max<int64_t>(1, kBlock / staged) : most);
     per_inner_ = (inner_ + rows_ - 1) / rows_;
@@ -111,8 +111,8 @@ struct TileWork {
   bool skip = false;  // all rows are ignored
   Tile logits, soft, grad;
   std::vector<int64_t> ids, ranks;
-  std::vector<double> target_z, g, corrected;
-  std::vector<Partial> partials;
+  std::vector<char> ignored;
+  std::vector<double> target_z, g, corrected, partials;
   std::vector<RowStats> stats;
   std::vector<GradientRow> coefficients;
 };
@@ -189,46 +189,56 @@ class Run {
     w.target_z.resize(ids);
     w.g.resize(ids);
     w.corrected.resize(ids);
+    w.ignored.assign(w.rows, 0);
     w.skip = s_.ignored != nullptr;
     for (int r = 0; r < w.rows; ++r) {
       const int64_t row = w.first_row + r;
-      const bool ignored = s_.ignored && s_.ignored(row);
-      if (!ignored) w.skip = false;
-      for (size_t i = 0; i < k; ++i) w.ids[r * k + i] = ignored ? 0 : s_.targets[row * k + i];
+      if (s_.ignored) w.ignored[r] = s_.ignored(row);
+      if (!w.ignored[r]) w.skip = false;
+      for (size_t i = 0; i < k; ++i) w.ids[r * k + i] = w.ignored[r] ? 0 : s_.targets[row * k + i];
     }
     if (s_.want_rank && !w.skip) kernels_.gather(s_.pass, w.logits, w.rows, target_ids(w), w.target_z.data());
-    if (s_.on_row) w.partials.resize(w.rows * blocks_);
+    if (s_.on_rows) w.partials.resize(blocks_ * kPartialFields * row_room(w));
     if (s_.want_rank) w.ranks.resize(ids * blocks_);
     w.stats.resize(w.rows);
     w.coefficients.resize(w.rows);
   }
 
+  static int64_t row_room(const TileWork& w) { return (w.rows + kRowGroup - 1) / kRowGroup * kRowGroup; }
+  static Partials partials(TileWork& w) { return {w.partials.data(), row_room(w)}; }
+
   TargetIds target_ids(const TileWork& w) const { return {s_.targets ? s_.targets.k : 0, w.ids.data()}; }
 
   void scan(TileWork& w, int64_t first, int64_t last) const {
-    if (!s_.on_row || w.skip) return;
-    kernels_.scan(s_.pass, w.logits, w.soft, w.rows, first, last, w.partials.data(), target_ids(w), w.target_z.data(),
+    if (!s_.on_rows || w.skip) return;
+    kernels_.scan(s_.pass, w.logits, w.soft, w.rows, first, last, partials(w), target_ids(w), w.target_z.data(),
                   s_.want_rank ? w.ranks.data() : nullptr, scratch());
   }
 
   void finish(TileWork& w) const {
-    const int k = s_.targets ? s_.targets.k : 0;
-    if (s_.on_row) {
-      if (!w.skip) kernels_.finish(s_.pass, w.logits, w.rows, w.partials.data(), w.stats.data(), scratch());
-      for (int r = 0; r < w.rows; ++r) {
-        const int64_t row = w.first_row + r;
-        int64_t* rank = s_.want_rank ? w.ranks.data() + r * blocks_ * k : nullptr;
-        for (int64_t i = k; rank && i < blocks_ * k; ++i) rank[i % k] += rank[i];
-        s_.on_row(row, s_.ignored && s_.ignored(row) ? nullptr : &w.stats[r], w.target_z.data() + r * k, rank);
-      }
+    const Rows rows{w.first_row, w.rows, w.ignored.data()};
+    if (s_.on_rows) {
+      if (!w.skip) kernels_.finish(s_.pass, w.logits, w.rows, partials(w), w.stats.data(), scratch());
+      if (s_.want_rank) merge_ranks(w);
+      s_.on_rows(rows, w.stats.data(), w.target_z.data(), w.ranks.data());
     }
-    for (int r = 0; s_.coefficients && r < w.rows; ++r) {
-      const int64_t row = w.first_row + r;
-      w.coefficients[r] = GradientRow{};
-      if (s_.ignored && s_.ignored(row)) {
-        w.coefficients[r].zero = true;
-      } else {
-        s_.coefficients(row, w.coefficients[r], w.g.data() + r * k);
+    if (s_.coefficients) {
+      for (int r = 0; r < w.rows; ++r) {
+        w.coefficients[r] = GradientRow{};
+        w.coefficients[r].zero = w.ignored[r];
+      }
+      s_.coefficients(rows, w.coefficients.data(), w.g.data());
+    }
+  }
+
+  // Sums of the blocks, in place: then one number a target.
+  void merge_ranks(TileWork& w) const {
+    const int64_t k = s_.targets.k;
+    for (int64_t r = 0; r < w.rows; ++r) {
+      for (int64_t i = 0; i < k; ++i) {
+        int64_t rank = 0;
+        for (int64_t block = 0; block < blocks_; ++block) rank += w.ranks[(r * blocks_ + block) * k + i];
+        w.ranks[r * k + i] = rank;
       }
     }
   }
@@ -289,7 +299,7 @@ int64_t row_count(const Tensor& tensor) {
 void Sweep::run() {
   const int64_t rows = row_count(logits);
   if (rows == 0) return;
-  pass.stream = grad && grad.data != logits.data && rows * pass.classes * itemsize_of(grad.dtype) >= kStreamBytes;
+  pass.stream = grad && rows * pass.classes * itemsize_of(grad.dtype) >= kStreamBytes;
   Run(*this, rows).run();
 }
 

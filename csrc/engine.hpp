@@ -40,8 +40,15 @@ struct SampledGradient {
   std::vector<std::vector<Kept<double>>> rows;
 };
 
-// One call over all rows: statistics if `on_row` is given, then the gradient if `coefficients` is. Both are called once for
-// each row.
+// Neighbouring rows of a call.
+struct Rows {
+  int64_t first = 0;
+  int count = 0;
+  const char* ignored = nullptr;  // not 0: this row's logits are not looked at
+};
+
+// One call over all rows: statistics if `on_rows` is given, then the gradient if `coefficients` is. Each row is seen once by
+// each.
 struct Sweep {
   Pass pass;
   Tensor logits, soft, grad;
@@ -49,10 +56,10 @@ struct Sweep {
   bool want_rank = false;
   SampledGradient* sampled = nullptr;  // in place of a dense gradient
   std::function<bool(int64_t row)> ignored;
-  // `stats` is null for an ignored row, whose logits are not looked at.
-  std::function<void(int64_t row, const RowStats* stats, const double* target_z, const int64_t* rank)> on_row;
-  // `g` has room for one number a target.
-  std::function<void(int64_t row, GradientRow& coefficients, double* g)> coefficients;
+  // One entry a row, or a target of a row. Those of ignored rows hold nothing.
+  std::function<void(const Rows& rows, const RowStats* stats, const double* target_z, const int64_t* rank)> on_rows;
+  // Fills in `coefficients` and, one number a target, `g`; ignored rows are left as they are.
+  std::function<void(const Rows& rows, GradientRow* coefficients, double* g)> coefficients;
   void run();
 };
 

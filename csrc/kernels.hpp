@@ -15,6 +15,7 @@ enum Dtype : int { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };
 
 constexpr int kBlock = 4096;                // columns in a block: 16 KiB of float32, so that a block stays in L1
 constexpr int kLanes = 64;                  // virtual lanes of every sum and maximum, on every instruction set
+constexpr int kRowGroup = 16;               // rows in one register, at most, on any instruction set
 constexpr int kTileRows = 512;              // rows in a tile, at most
 constexpr int kTileElements = 32 * kBlock;  // elements of a staged tile, at most
 
@@ -44,17 +45,24 @@ struct Pass {
   bool stream = false;           // a gradient too large for the caches: store past them
 };
 
-// Sums over one block, relative to ref = its maximum (0 where that is -inf).
-struct Partial {
-  double max;          // max z
-  double sum;          // sum exp(z - ref)
-  double rest;         // sum - 1; where that is less than 1, summed without the maximal class
-  double sum_x;        // sum exp(z - ref) * (z - ref)
-  double sum_sq;       // sum exp(z - ref)^2
-  double weighted;     // sum w (z - ref)
-  double weight;       // sum w
-  double soft;         // sum w q (z - ref)
-  double soft_weight;  // sum w q
+// Sums over blocks, relative to ref = the maximum of the block (0 where that is -inf).
+enum PartialField : int {
+  kMax,         // max z
+  kSum,         // sum exp(z - ref)
+  kRest,        // sum - 1; where that is less than 1, summed without the maximal class
+  kSumX,        // sum exp(z - ref) * (z - ref)
+  kSumSq,       // sum exp(z - ref)^2
+  kWeighted,    // sum w (z - ref)
+  kWeight,      // sum w
+  kSoft,        // sum w q (z - ref)
+  kSoftWeight,  // sum w q
+  kPartialFields
+};
+
+// data[(block * kPartialFields + field) * row_room + row]: the rows of a tile side by side, with room for a whole kRowGroup.
+struct Partials {
+  double* data;
+  int64_t row_room;
 };
 
 // Statistics of one row. The normaliser is kept as (max, rest): sum_j exp(z_j - max) = 1 + rest, log-sum-exp = max +
@@ -115,14 +123,14 @@ struct RowKernels {
   // z of the target ids, in double: z[row * k + i].
   void (*gather)(const Pass&, const Tile& logits, int rows, const TargetIds&, double* z);
 
-  // Partials of the blocks [begin, end): partials[row * blocks_of_a_row + block], and target_z of the ids that lie in them.
+  // Partials of the blocks [begin, end), and target_z of the ids that lie in them.
   // With `ranks`, which needs all of target_z gathered before, also how many classes of each block come before each target in a
   // stable descending sort: ranks[(row * blocks_of_a_row + block) * k + i].
-  void (*scan)(const Pass&, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, Partial* partials,
+  void (*scan)(const Pass&, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, const Partials&,
                const TargetIds&, double* target_z, int64_t* ranks, Scratch&);
 
   // Merges the partials of whole rows.
-  void (*finish)(const Pass&, const Tile& logits, int rows, const Partial* partials, RowStats* stats, Scratch&);
+  void (*finish)(const Pass&, const Tile& logits, int rows, const Partials&, RowStats* stats, Scratch&);
 
   // The gradient of the blocks [begin, end), into `grad` (which may be the logits). g[row * k + i] goes with the ids;
   // `corrected` is room for rows * k doubles.

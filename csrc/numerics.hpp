@@ -60,37 +60,27 @@ inline typename V::Reg exp_clamped(typename V::Reg x) {
   return V::mul(p, V::power_of_two(shifted));
 }
 
-inline double exp_nonpositive(double x) { return exp_clamped<ScalarF64>(clamp_exponent<ScalarF64>(x)); }
-
 // log(1 + r) for r >= 0 (and NaN), within 2 units in the last place: 1 + r = 2^k (1 + f), log(1 + f) = 2 artanh(f / (2 + f)).
-inline double log1p_nonnegative(double r) {
-  if (!(r < __builtin_huge_val())) return r;
-  const double u = 1.0 + r;
-  int64_t bits;
-  __builtin_memcpy(&bits, &u, sizeof bits);
-  const int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
-  const int64_t k = (bits - kSqrtHalf) >> 52;
-  double mantissa, f;
-  if (k == 0) {
-    f = r;
-  } else {
-    bits -= k << 52;
-    __builtin_memcpy(&mantissa, &bits, sizeof mantissa);
-    // What 1 + r lost to rounding, at the scale of the mantissa.
-    const double lost = r < 1.0 ? r - (u - 1.0) : 1.0 - (u - r);
-    const int64_t scale_bits = (1023 - k) << 52;
-    double scale;
-    __builtin_memcpy(&scale, &scale_bits, sizeof scale);
-    f = (mantissa - 1.0) + lost * scale;
-  }
-  const double s = f / (2.0 + f);
-  const double s2 = s * s;
-  double series = 0.0;
-  for (int i = 23; i >= 3; i -= 2) series = fma_f64(series, s2, 1.0 / i);
-  const double kLn2Hi = 0x1.62e42fee00000p-1, kLn2Lo = 0x1.a39ef35793c76p-33;
+template <class V>
+inline typename V::Reg log1p_nonnegative(typename V::Reg r) {
+  static_assert(sizeof(typename V::T) == 8, "in double");
+  const auto one = V::set(1), two = V::set(2), infinity = V::set(__builtin_huge_val());
+  const auto u = V::add(one, r);
+  const auto k = V::exponent(u);
+  const auto scale = V::power_of_two(V::sub(V::set(ExpConstants<double>::kMagic), k));
+  // What 1 + r lost to rounding, at the scale of the mantissa.
+  const auto lost = V::select_greater(one, r, V::sub(r, V::sub(u, one)), V::sub(one, V::sub(u, r)));
+  const auto f = V::add(V::sub(V::mul(u, scale), one), V::mul(lost, scale));
+  const auto s = V::div(f, V::add(two, f));
+  const auto s2 = V::mul(s, s);
+  auto series = V::set(0);
+#pragma GCC unroll 16
+  for (int i = 23; i >= 3; i -= 2) series = V::fma(series, s2, V::set(1.0 / i));
+  const auto ln2_hi = V::set(0x1.62e42fee00000p-1), ln2_lo = V::set(0x1.a39ef35793c76p-33);
   // log(1 + f) = f - s (f - 2 s^2 series): the leading f stays exact.
-  const double tail = s * (f - 2.0 * s2 * series);
-  return k * kLn2Hi + (f - (tail - k * kLn2Lo));
+  const auto tail = V::mul(s, V::sub(f, V::mul(V::mul(two, s2), series)));
+  const auto log = V::add(V::mul(k, ln2_hi), V::sub(f, V::sub(tail, V::mul(k, ln2_lo))));
+  return V::select_greater(infinity, r, log, r);
 }
 
 // tanh(y) and 1 - tanh(y)^2, without cancellation at either end.
@@ -177,7 +167,7 @@ inline GradientRow cross_entropy_gradient(const CrossEntropyOptions& o, int64_t 
   row.max = s.max;
   row.rest = s.rest;
   row.a = s.mass;
-  if (o.z_loss != 0.0) row.a += 2.0 * row_weight * o.z_loss * (s.max + log1p_nonnegative(s.rest));
+  if (o.z_loss != 0.0) row.a += 2.0 * row_weight * o.z_loss * (s.max + log1p_nonnegative<ScalarF64>(s.rest));
   row.a *= u;
   row.d = -u * (o.label_smoothing / static_cast<double>(classes));
   if (soft) row.e = -u * (1.0 - o.label_smoothing);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The row algorithm over a vector type V: loops over one staged row of a block, each of them short enough to read at a glance.
+// The row algorithm: loops over one staged panel of a block (see staging.hpp), each short enough to read at a glance. O is
+// Along<V> or Across<V>; numbers of rows come as arrays of O::kRows.
 //
-// Sums run in kLanes virtual lanes, lane i taking the elements i, i + kLanes, ..., and are merged by halving; the vector width
-// only decides how many lanes fit in one register. So every instruction set gives the same bits.
+// Sums run in kLanes virtual lanes, lane i taking the classes i, i + kLanes, ..., and are merged by halving; how many lanes fit
+// in one register decides nothing. So every instruction set and every layout gives the same bits.
 #pragma once
 
 #include "staging.hpp"
@@ -10,10 +11,23 @@
 namespace fastloss {
 namespace {
 
+// The reference of a block of only -inf is 0, so that -inf - ref stays -inf.
+template <class A>
+inline A finite_reference(A max) {
+  return max == -static_cast<A>(__builtin_huge_val()) ? A(0) : max;
+}
+
 template <class V>
+inline typename V::Reg finite_references(typename V::Reg max) {
+  return V::select_greater(max, V::set(-__builtin_huge_val()), max, V::set(0));
+}
+
+template <class O>
 struct Lanes {
-  static constexpr int kRegs = kLanes / V::kWidth;
-  typename V::Reg reg[kRegs];
+  using V = typename O::V;
+  using Reg = typename V::Reg;
+  static constexpr int kRegs = kLanes / O::kClasses;
+  Reg reg[kRegs];
 
   explicit Lanes(typename V::T start) {
     for (int k = 0; k < kRegs; ++k) reg[k] = V::set(start);
@@ -21,20 +35,19 @@ struct Lanes {
 
   // Lane i takes in lane i + half, then half of half, down to one.
   template <class Merge>
-  typename V::T reduce(Merge merge) const {
-    typename V::Reg r[kRegs];
-    for (int k = 0; k < kRegs; ++k) r[k] = reg[k];
+  void reduce(Merge merge, typename V::T* out) {
+#pragma GCC unroll 8
     for (int half = kRegs / 2; half >= 1; half /= 2) {
-      for (int k = 0; k < half; ++k) r[k] = merge(r[k], r[k + half]);
+      for (int k = 0; k < half; ++k) reg[k] = merge(reg[k], reg[k + half]);
     }
-    return V::first(halve<V::kWidth / 2>(r[0], merge));
+    O::store_per_row(out, halve<O::kClasses / 2>(reg[0], merge));
   }
 
-  double sum() const { return reduce(V::add); }
+  void sum(typename V::T* out) { reduce(V::add, out); }
 
  private:
   template <int kHalf, class Merge>
-  static typename V::Reg halve(typename V::Reg r, Merge merge) {
+  static Reg halve(Reg r, Merge merge) {
     if constexpr (kHalf == 0) {
       return r;
     } else {
@@ -43,68 +56,99 @@ struct Lanes {
   }
 };
 
-// Calls step(at, k) for each register of a row of n elements: `at` is its place in the row, `k` that in the virtual lanes.
+// Calls step(at, k) for each register of a panel of n classes: `at` is its first class, `k` its place in the virtual lanes.
 // Registers that hold padding alone are left out, which changes no sum and no maximum. `group` is called before each kLanes
-// elements.
-template <class V, class Group, class Step>
+// classes.
+template <class O, class Group, class Step>
 inline void for_registers(int n, Group group, Step step) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     group();
-#pragma GCC unroll 64
-    for (int k = 0; k < Lanes<V>::kRegs; ++k) step(i + k * V::kWidth, k);
+#pragma GCC unroll 16
+    for (int k = 0; k < Lanes<O>::kRegs; ++k) step(i + k * O::kClasses, k);
   }
-#pragma GCC unroll 64
-  for (int k = 0; k < Lanes<V>::kRegs; ++k) {
-    if (i + k * V::kWidth < n) step(i + k * V::kWidth, k);
+#pragma GCC unroll 16
+  for (int k = 0; k < Lanes<O>::kRegs; ++k) {
+    if (i + k * O::kClasses < n) step(i + k * O::kClasses, k);
   }
 }
 
-template <class V>
-inline typename V::T row_max(const typename V::T* z, int n) {
-  Lanes<V> top(-static_cast<typename V::T>(__builtin_huge_val()));
-  for_registers<V>(n, [] {}, [&](int at, int k) { top.reg[k] = V::max(V::load(z + at), top.reg[k]); });
-  return top.reduce(V::max);
+template <class O>
+inline typename O::V::Reg load_at(const typename O::T* panel, int at) {
+  return O::V::load(panel + at * O::kRows);
 }
 
-// sum e, sum e x, sum e^2 over one row, with x = z - ref and e = exp(x). `ahead` is memory that the caller reads next.
-template <class V, bool kEntropy, bool kSquares>
-inline void exp_sums(const typename V::T* z, int n, typename V::T ref, const char* ahead, int ahead_bytes, Partial& out) {
-  Lanes<V> sum(0), sum_x(0), sum_sq(0);
-  const auto reference = V::set(ref);
+// The first class with the maximum of its row.
+template <class O>
+inline void first_of_max(const typename O::T* z, int n, const typename O::T* max, typename O::T* out) {
+  using V = typename O::V;
+  typename O::T lane[V::kWidth];
+  for (int j = 0; j < V::kWidth; ++j) lane[j] = O::kClasses == 1 ? 0 : j;
+  const auto top = O::per_row(max), offset = V::load(lane);
+  auto first = V::set(n);
+  for (int at = (n - 1) / O::kClasses * O::kClasses; at >= 0; at -= O::kClasses) {
+    first = V::select_greater(top, load_at<O>(z, at), first, V::add(V::set(at), offset));
+  }
+  V::store(lane, first);
+  for (int r = 0; r < O::kRows; ++r) out[r] = lane[r];
+  for (int j = O::kRows; j < V::kWidth; ++j) out[0] = lane[j] < out[0] ? lane[j] : out[0];
+}
+
+template <class O>
+inline void row_max(const typename O::T* z, int n, typename O::T* out) {
+  using V = typename O::V;
+  Lanes<O> top(-static_cast<typename O::T>(__builtin_huge_val()));
+  for_registers<O>(n, [] {}, [&](int at, int k) { top.reg[k] = V::max(load_at<O>(z, at), top.reg[k]); });
+  top.reduce(V::max, out);
+}
+
+// Numbers of the rows of one panel.
+template <class O>
+struct PanelSums {
+  typename O::T sum[O::kRows], sum_x[O::kRows] = {}, sum_sq[O::kRows] = {};
+};
+
+// sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x). `ahead` is memory that the caller reads next.
+template <class O, bool kEntropy, bool kSquares>
+inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, const char* ahead, int ahead_bytes,
+                     PanelSums<O>& out) {
+  using V = typename O::V;
+  Lanes<O> sum(0), sum_x(0), sum_sq(0);
+  const auto reference = O::per_row(ref);
   const auto fetch = [&] {
     for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);
     ahead += ahead_bytes;
   };
-  for_registers<V>(n, fetch, [&](int at, int k) {
-    const auto x = clamp_exponent<V>(V::sub(V::load(z + at), reference));
+  for_registers<O>(n, fetch, [&](int at, int k) {
+    const auto x = clamp_exponent<V>(V::sub(load_at<O>(z, at), reference));
     const auto e = exp_clamped<V>(x);
     sum.reg[k] = V::add(sum.reg[k], e);
     if constexpr (kEntropy) sum_x.reg[k] = V::fma(e, x, sum_x.reg[k]);
     if constexpr (kSquares) sum_sq.reg[k] = V::fma(e, e, sum_sq.reg[k]);
   });
-  out.sum = sum.sum();
-  out.sum_x = kEntropy ? sum_x.sum() : 0.0;
-  out.sum_sq = kSquares ? sum_sq.sum() : 0.0;
+  sum.sum(out.sum);
+  if constexpr (kEntropy) sum_x.sum(out.sum_x);
+  if constexpr (kSquares) sum_sq.sum(out.sum_sq);
 }
 
 // sum w (z - ref) and sum w, or with q: sum w q (z - ref) and sum w q. A weight of 0 counts nothing, even where z is -inf.
-template <class V, bool kSoft>
-inline void weighted_sums(const typename V::T* z, const typename V::T* w, const typename V::T* q, int n, typename V::T ref,
-                          double& weighted, double& weight) {
-  Lanes<V> sum(0), total(0);
-  const auto reference = V::set(ref);
-  for_registers<V>(
+template <class O, bool kSoft>
+inline void weighted_sums(const typename O::T* z, const typename O::T* w, const typename O::T* q, int n,
+                          const typename O::T* ref, typename O::T* weighted, typename O::T* weight) {
+  using V = typename O::V;
+  Lanes<O> sum(0), total(0);
+  const auto reference = O::per_row(ref);
+  for_registers<O>(
       n, [] {},
       [&](int at, int k) {
-        auto factor = V::load(w + at);
-        if constexpr (kSoft) factor = V::mul(factor, V::load(q + at));
-        const auto x = V::zero_where_zero(V::sub(V::load(z + at), reference), factor);
+        auto factor = O::per_class(w + at);
+        if constexpr (kSoft) factor = V::mul(factor, load_at<O>(q, at));
+        const auto x = V::zero_where_zero(V::sub(load_at<O>(z, at), reference), factor);
         sum.reg[k] = V::fma(factor, x, sum.reg[k]);
         total.reg[k] = V::add(total.reg[k], factor);
       });
-  weighted = sum.sum();
-  weight = total.sum();
+  sum.sum(weighted);
+  total.sum(weight);
 }
 
 template <class V>
@@ -123,55 +167,6 @@ inline int64_t count_before(const typename V::T* z, int64_t first, int n, int64_
   const int64_t equal_end = target - first < n ? target - first : n;
   for (int64_t j = 0; j < equal_end; ++j) count += z[j] == target_z;
   return count;
-}
-
-// grad_j = p_j (a + b x_j + c p_j) + w_j (d + e q_j), times dz/dx. The plain form has b = c = e = 0 and no weights.
-template <class A>
-struct GradientTerms {
-  A ref, inv_sum, a, b, c, d, e;
-  const A* weight;      // null: ones
-  const A* soft;        // null: no soft targets
-  const A* derivative;  // null: already in the coefficients
-  bool plain() const { return b == 0 && c == 0 && !weight && !soft && !derivative; }
-};
-
-template <class V, bool kPlain>
-inline typename V::Reg gradient_at(const GradientTerms<typename V::T>& t, const typename V::T* z, int i) {
-  const auto x = clamp_exponent<V>(V::sub(V::load(z + i), V::set(t.ref)));
-  const auto e = exp_clamped<V>(x);
-  if constexpr (kPlain) return V::fma(e, V::set(t.a * t.inv_sum), V::set(t.d));
-  const auto p = V::mul(e, V::set(t.inv_sum));
-  auto g = V::mul(p, V::fma(V::set(t.c), p, V::fma(V::set(t.b), x, V::set(t.a))));
-  auto share = V::set(t.d);
-  if (t.soft) share = V::fma(V::set(t.e), V::load(t.soft + i), share);
-  g = t.weight ? V::fma(V::load(t.weight + i), share, g) : V::add(g, share);
-  return t.derivative ? V::mul(g, V::load(t.derivative + i)) : g;
-}
-
-// One row of n classes; `out` may be z itself. Nothing behind out + n is touched. `ahead` is memory that the caller reads next.
-// With kStream the stores go past the caches, and `out` is aligned to a register.
-template <class V, bool kPlain, bool kStream>
-inline void gradient_row(const GradientTerms<typename V::T> terms, const typename V::T* z, int n, const char* ahead,
-                         int ahead_bytes, typename V::T* out) {
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);
-    ahead += ahead_bytes;
-#pragma GCC unroll 64
-    for (int k = 0; k < kLanes; k += V::kWidth) {
-      const auto g = gradient_at<V, kPlain>(terms, z, i + k);
-      if constexpr (kStream) {
-        V::stream(out + i + k, g);
-      } else {
-        V::store(out + i + k, g);
-      }
-    }
-  }
-  for (; i < n; i += V::kWidth) {
-    typename V::T rest[V::kWidth];
-    V::store(rest, gradient_at<V, kPlain>(terms, z, i));
-    for (int j = 0; j < V::kWidth && i + j < n; ++j) out[i + j] = rest[j];
-  }
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between memory and the kernels: a block of a tile as rows of the accumulation type A, class beside class, and back again.
+// Between memory and the kernels: a block of a tile as panels of the accumulation type A, and back again.
 //
-// A staged row is padded with -inf to a multiple of kLanes, so that the loops over it have no tails: exp(-inf) adds exactly 0.
+// A panel is what the loops of row.hpp work on: O::kRows rows of n classes, class after class. With Along<V> that is one row,
+// and a register holds neighbouring classes; with Across<V> a register holds one class of V::kWidth rows. Memory decides: what
+// lies side by side there stays side by side, so nothing is ever transposed.
 #pragma once
 
 #include "numerics.hpp"
@@ -9,7 +11,50 @@
 namespace fastloss {
 namespace {
 
-inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+template <class V_>
+struct Along {
+  using V = V_;
+  using T = typename V::T;
+  static constexpr int kRows = 1;             // rows in a panel
+  static constexpr int kClasses = V::kWidth;  // classes in a register
+  static typename V::Reg per_row(const T* p) { return V::set(*p); }
+  static typename V::Reg per_class(const T* p) { return V::load(p); }
+  static void store_per_row(T* p, typename V::Reg x) { *p = V::first(x); }
+  // Classes of a panel. Those behind the last hold -inf, so that the loops have no tails: exp(-inf) adds exactly 0.
+  static int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+};
+
+template <class V_>
+struct Across {
+  using V = V_;
+  using T = typename V::T;
+  static constexpr int kRows = V::kWidth;
+  static constexpr int kClasses = 1;
+  static typename V::Reg per_row(const T* p) { return V::load(p); }
+  static typename V::Reg per_class(const T* p) { return V::set(*p); }
+  static void store_per_row(T* p, typename V::Reg x) { V::store(p, x); }
+  static int padded(int n) { return n; }
+};
+
+template <class V>
+inline bool lies_across(const Tile& tile, int rows) {
+  return tile.row_step == 1 && tile.class_step != 1 && rows >= V::kWidth;
+}
+
+template <class O>
+inline int panel_count(int rows) {
+  return (rows + O::kRows - 1) / O::kRows;
+}
+
+// Where class j of a row of the tile lies in its panels.
+template <class O>
+inline int64_t place(int row, int64_t j, int64_t panel_size) {
+  return row / O::kRows * panel_size + j * O::kRows + row % O::kRows;
+}
+
+constexpr int kClassesAhead = 4;  // fetched while a tile is loaded
+
+inline int64_t block_count(const Pass& pass) { return (pass.classes + kBlock - 1) / kBlock; }
 
 inline int block_length(int64_t classes, int64_t block) {
   const int64_t left = classes - block * kBlock;
@@ -82,99 +127,76 @@ inline T* element(const Tile& tile, int64_t row, int64_t column) {
   return reinterpret_cast<T*>(tile.data) + row * tile.row_step + column * tile.class_step;
 }
 
-// Rows become columns: as many registers as a register has elements.
-template <class V>
-inline void transpose(typename V::Reg* square) {
-  constexpr int kHalf = V::kWidth / 2;
-  for (int stage = 1; stage < V::kWidth; stage *= 2) {
-    typename V::Reg zipped[V::kWidth];
-#pragma GCC unroll 16
-    for (int i = 0; i < kHalf; ++i) {
-      zipped[2 * i] = V::zip_low(square[i], square[i + kHalf]);
-      zipped[2 * i + 1] = V::zip_high(square[i], square[i + kHalf]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < V::kWidth; ++i) square[i] = zipped[i];
-  }
-}
-
-// Calls whole(row, column) for each square of V::kWidth rows and columns, and single(row, column) for each place outside them.
-template <class V, class Whole, class Single>
-inline void for_squares(int rows, int columns, bool squares, Whole whole, Single single) {
-  for (int column = 0; column < columns; column += V::kWidth) {
-    const int width = columns - column < V::kWidth ? columns - column : V::kWidth;
-    for (int row = 0; row < rows; row += V::kWidth) {
-      const int height = rows - row < V::kWidth ? rows - row : V::kWidth;
-      if (squares && width == V::kWidth && height == V::kWidth) {
-        whole(row, column);
-        continue;
-      }
-      for (int j = 0; j < width; ++j) {
-        for (int r = 0; r < height; ++r) single(row + r, column + j);
-      }
-    }
-  }
-}
-
-// Columns [first, first + n) of every row of the tile, at z + row * stride, padded with `padding`.
-template <class V>
-inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename V::T padding, typename V::T* z,
-                      int64_t stride) {
+// Columns [first, first + n) of every row of the tile, as panels at z, `panel_size` apart. Behind the last class lies
+// `padding`, behind the last row 0.
+template <class O>
+inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename O::T padding, typename O::T* z,
+                      int64_t panel_size) {
+  using V = typename O::V;
   using A = typename V::T;
   with_storage(tile.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    if (tile.class_step == 1) {
-      for (int r = 0; r < rows; ++r) widen_run<V>(element<const T>(tile, r, first), n, z + r * stride);
+    const bool whole_registers = kNative<V, T> && (O::kRows == 1 ? tile.class_step == 1 : tile.row_step == 1);
+    if (O::kRows == 1 && whole_registers) {
+      for (int r = 0; r < rows; ++r) widen_run<V>(element<const T>(tile, r, first), n, z + r * panel_size);
       return;
     }
-    const auto turn = [&](int row, int column) {
+    const int whole_rows = whole_registers ? rows / O::kRows * O::kRows : 0;
+    for (int j = 0; j < n; ++j) {
       if constexpr (kNative<V, T>) {
         // Each class is another place in memory, too many for the hardware to follow: fetch the next ones by hand.
-        constexpr int kLineRows = 64 / sizeof(T);
-        if (row % kLineRows == 0) {
-          for (int j = 0; j < V::kWidth; ++j) __builtin_prefetch(element<const T>(tile, row, first + column + V::kWidth + j));
-        }
-        typename V::Reg square[V::kWidth];
-#pragma GCC unroll 16
-        for (int j = 0; j < V::kWidth; ++j) square[j] = V::load(element<const T>(tile, row, first + column + j));
-        transpose<V>(square);
-#pragma GCC unroll 16
-        for (int r = 0; r < V::kWidth; ++r) V::store(z + (row + r) * stride + column, square[r]);
+        const char* ahead = reinterpret_cast<const char*>(element<const T>(tile, 0, first + j + kClassesAhead));
+        for (size_t byte = 0; byte < whole_rows * sizeof(T); byte += 64) __builtin_prefetch(ahead + byte);
+        const T* x = element<const T>(tile, 0, first + j);
+        A* out = z + j * O::kRows;
+        for (int r = 0; r < whole_rows; r += O::kRows, out += panel_size) V::store(out, V::load(x + r));
       }
-    };
-    for_squares<V>(rows, n, kNative<V, T> && tile.row_step == 1, turn, [&](int row, int column) {
-      z[row * stride + column] = static_cast<A>(widen(*element<const T>(tile, row, first + column)));
-    });
+      for (int r = whole_rows; r < rows; ++r) {
+        z[place<O>(r, j, panel_size)] = static_cast<A>(widen(*element<const T>(tile, r, first + j)));
+      }
+    }
   });
-  for (int r = 0; r < rows; ++r) {
-    for (int j = n; j < padded(n); ++j) z[r * stride + j] = padding;
+  for (int r = rows; r < panel_count<O>(rows) * O::kRows; ++r) {
+    for (int j = 0; j < n; ++j) z[place<O>(r, j, panel_size)] = 0;
+  }
+  for (int r = 0; r < rows && O::kRows == 1; ++r) {
+    for (int j = n; j < O::padded(n); ++j) z[r * panel_size + j] = padding;
   }
 }
 
-template <class V>
-inline void store_tile(const typename V::T* z, int64_t stride, int64_t first, int n, int rows, const Tile& tile,
+// What load_tile did, backwards.
+template <class O>
+inline void store_tile(const typename O::T* z, int64_t panel_size, int64_t first, int n, int rows, const Tile& tile,
                        bool stream = false) {
+  using V = typename O::V;
   with_storage(tile.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    if (tile.class_step == 1) {
-      for (int r = 0; r < rows; ++r) narrow_run<V>(z + r * stride, n, element<T>(tile, r, first), stream);
+    const bool whole_registers = kNative<V, T> && (O::kRows == 1 ? tile.class_step == 1 : tile.row_step == 1);
+    if (O::kRows == 1 && whole_registers) {
+      for (int r = 0; r < rows; ++r) narrow_run<V>(z + r * panel_size, n, element<T>(tile, r, first), stream);
       return;
     }
-    const auto turn = [&](int row, int column) {
+    const int whole_rows = whole_registers ? rows / O::kRows * O::kRows : 0;
+    for (int j = 0; j < n; ++j) {
       if constexpr (kNative<V, T>) {
-        typename V::Reg square[V::kWidth];
-#pragma GCC unroll 16
-        for (int r = 0; r < V::kWidth; ++r) square[r] = V::load(z + (row + r) * stride + column);
-        transpose<V>(square);
-#pragma GCC unroll 16
-        for (int j = 0; j < V::kWidth; ++j) {
-          store_or_stream<V>(element<T>(tile, row, first + column + j), square[j], stream);
-        }
+        T* out = element<T>(tile, 0, first + j);
+        const typename V::T* x = z + j * O::kRows;
+        for (int r = 0; r < whole_rows; r += O::kRows, x += panel_size) store_or_stream<V>(out + r, V::load(x), stream);
       }
-    };
-    for_squares<V>(rows, n, kNative<V, T> && tile.row_step == 1, turn,
-                   [&](int row, int column) { *element<T>(tile, row, first + column) = narrow<T>(z[row * stride + column]); });
+      for (int r = whole_rows; r < rows; ++r) {
+        *element<T>(tile, r, first + j) = narrow<T>(z[place<O>(r, j, panel_size)]);
+      }
+    }
   });
+}
+
+// While a block of one row is computed, the next one is fetched: so many bytes for each kLanes classes, from there.
+inline int bytes_ahead(const Tile& logits, int rows) {
+  if (rows > 1 || logits.class_step != 1) return 0;
+  return kLanes * with_storage(logits.dtype, [](auto tag) { return int(sizeof(typename decltype(tag)::Type)); });
+}
+inline const char* next_block(const Tile& logits, int64_t block, int ahead_bytes) {
+  return ahead_bytes ? logits.data + (block + 1) * (kBlock / kLanes) * ahead_bytes : nullptr;
 }
 
 inline bool is_identity(const Transform& t) { return t.inv_temperature == 1.0 && t.softcap == 0.0 && t.bias == nullptr; }
@@ -194,54 +216,55 @@ inline Transformed<V> transform(const Transform& t, typename V::Reg x, typename 
   return {V::fma(V::set(static_cast<T>(t.softcap)), pair.value, bias), V::mul(slope, pair.derivative)};
 }
 
-// In place over one staged row of n classes; `derivative` may be null. The padding stays -inf.
-template <class V>
-inline void transform_row(const Transform& t, int64_t first, int n, typename V::T* z, typename V::T* derivative) {
+// In place over one panel of n classes; `derivative` may be null. The padding stays -inf.
+template <class O>
+inline void transform_panel(const Transform& t, int64_t first, int n, typename O::T* z, typename O::T* derivative) {
+  using V = typename O::V;
   using T = typename V::T;
   const T* bias = t.bias ? static_cast<const T*>(t.bias) + first : nullptr;
-  for (int i = 0; i < n; i += V::kWidth) {
-    T padded_bias[V::kWidth] = {};
+  for (int j = 0; j < n; j += O::kClasses) {
+    T padded_bias[O::kClasses] = {};
     const T* b = padded_bias;
     if (bias) {
-      if (i + V::kWidth <= n) {
-        b = bias + i;
+      if (j + O::kClasses <= n) {
+        b = bias + j;
       } else {
-        for (int j = i; j < n; ++j) padded_bias[j - i] = bias[j];
+        for (int i = j; i < n; ++i) padded_bias[i - j] = bias[i];
       }
     }
-    const Transformed<V> out = transform<V>(t, V::load(z + i), V::load(b));
-    V::store(z + i, out.z);
-    if (derivative) V::store(derivative + i, out.derivative);
+    const Transformed<V> out = transform<V>(t, V::load(z + j * O::kRows), O::per_class(b));
+    V::store(z + j * O::kRows, out.z);
+    if (derivative) V::store(derivative + j * O::kRows, out.derivative);
   }
-  for (int j = n; j < padded(n); ++j) z[j] = -static_cast<T>(__builtin_huge_val());
+  for (int j = n; j < O::padded(n); ++j) z[j] = -static_cast<T>(__builtin_huge_val());
 }
 
 template <class A>
 struct Staged {
   const A* z;
-  int64_t stride;  // from one row of the tile to the next
+  int64_t panel_size;
 };
 
-// The block as rows of z. A full block of one row that needs no conversion is read where it lies.
-template <class V>
-inline Staged<typename V::T> stage_logits(const Pass& pass, const Tile& logits, int rows, int64_t block, Scratch& scratch,
+// The block as panels of z. A full block of one row that needs no conversion is read where it lies.
+template <class O>
+inline Staged<typename O::T> stage_logits(const Pass& pass, const Tile& logits, int rows, int64_t block, Scratch& scratch,
                                           bool want_derivative = false, bool may_alias = true) {
-  using A = typename V::T;
+  using A = typename O::T;
   const int n = block_length(pass.classes, block);
   const bool same_type = logits.dtype == (sizeof(A) == 8 ? kF64 : kF32);
   if (may_alias && same_type && rows == 1 && logits.class_step == 1 && n == kBlock && is_identity(pass.transform)) {
     return {element<const A>(logits, 0, block * kBlock), 0};
   }
   A* z = static_cast<A*>(scratch.logits);
-  const int64_t stride = padded(n);
-  load_tile<V>(logits, block * kBlock, n, rows, -static_cast<A>(__builtin_huge_val()), z, stride);
+  const int64_t size = O::padded(n) * O::kRows;
+  load_tile<O>(logits, block * kBlock, n, rows, -static_cast<A>(__builtin_huge_val()), z, size);
   if (!is_identity(pass.transform)) {
     A* derivative = want_derivative && pass.transform.softcap != 0.0 ? static_cast<A*>(scratch.derivative) : nullptr;
-    for (int r = 0; r < rows; ++r) {
-      transform_row<V>(pass.transform, block * kBlock, n, z + r * stride, derivative ? derivative + r * stride : nullptr);
+    for (int p = 0; p < panel_count<O>(rows); ++p) {
+      transform_panel<O>(pass.transform, block * kBlock, n, z + p * size, derivative ? derivative + p * size : nullptr);
     }
   }
-  return {z, stride};
+  return {z, size};
 }
 
 // Class weights of a block (ones where there are none), with zeros behind the last class.
@@ -251,7 +274,7 @@ inline const A* stage_weight(const Pass& pass, int64_t block, Scratch& scratch) 
   const A* weight = pass.weight ? static_cast<const A*>(pass.weight) + block * kBlock : nullptr;
   if (weight && n == kBlock) return weight;
   A* out = static_cast<A*>(scratch.weight);
-  for (int j = 0; j < padded(n); ++j) out[j] = j >= n ? A(0) : weight ? weight[j] : A(1);
+  for (int j = 0; j < (n + kLanes - 1) / kLanes * kLanes; ++j) out[j] = j >= n ? A(0) : weight ? weight[j] : A(1);
   return out;
 }
 

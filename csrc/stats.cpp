@@ -23,23 +23,28 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   sweep.logits = logits;
   sweep.targets = targets;
   sweep.want_rank = out.rank != nullptr;
-  sweep.on_row = [&](int64_t row, const RowStats* s, const double* target_z, const int64_t* rank) {
-    const double l = s->log_sum;
-    const bool valid = s->rest == s->rest;
-    for (int i = 0; targets && i < targets.k; ++i) {
-      write(out.logprob, row * targets.k + i, (target_z[i] - s->max) - l);
-      if (rank) out.rank[row * targets.k + i] = valid ? rank[i] : -1;
-    }
-    write(out.logsumexp, row, s->max + l);
-    write(out.entropy, row, l - s->mean_x);
-    write(out.mean_logit, row, valid ? s->max + s->weighted / static_cast<double>(classes) : s->rest);
-    write(out.sum_sq_prob, row, valid ? s->sum_sq : s->rest);
-    write(out.max_prob, row, 1.0 / (1.0 + s->rest));
-    if (out.argmax) out.argmax[row] = s->argmax;
-    if (out.saved) {
-      out.saved[3 * row] = s->max;
-      out.saved[3 * row + 1] = s->rest;
-      out.saved[3 * row + 2] = 0.0;
+  sweep.on_rows = [&](const Rows& rows, const RowStats* stats, const double* target_z, const int64_t* rank) {
+    for (int r = 0; r < rows.count; ++r) {
+      const int64_t row = rows.first + r;
+      const RowStats& s = stats[r];
+      const double l = s.log_sum;
+      const bool valid = s.rest == s.rest;
+      for (int i = 0; targets && i < targets.k; ++i) {
+        const int64_t at = r * targets.k + i;
+        write(out.logprob, row * targets.k + i, (target_z[at] - s.max) - l);
+        if (out.rank) out.rank[row * targets.k + i] = valid ? rank[at] : -1;
+      }
+      write(out.logsumexp, row, s.max + l);
+      write(out.entropy, row, l - s.mean_x);
+      write(out.mean_logit, row, valid ? s.max + s.weighted / static_cast<double>(classes) : s.rest);
+      write(out.sum_sq_prob, row, valid ? s.sum_sq : s.rest);
+      write(out.max_prob, row, 1.0 / (1.0 + s.rest));
+      if (out.argmax) out.argmax[row] = s.argmax;
+      if (out.saved) {
+        out.saved[3 * row] = s.max;
+        out.saved[3 * row + 1] = s.rest;
+        out.saved[3 * row + 2] = 0.0;
+      }
     }
   };
   sweep.run();
@@ -53,15 +58,13 @@ void stats_gradient(const Tensor& logits, const double* saved, const double* coe
   sweep.logits = logits;
   sweep.grad = grad;
   sweep.targets = targets;
-  sweep.coefficients = [&](int64_t row, GradientRow& out, double* row_g) {
-    const double* c = coefficients + 4 * row;
-    out.max = saved[3 * row];
-    out.rest = saved[3 * row + 1];
-    out.a = c[0];
-    out.b = c[1];
-    out.c = c[2];
-    out.d = c[3];
-    for (int i = 0; targets && i < targets.k; ++i) row_g[i] = g[row * targets.k + i];
+  sweep.coefficients = [&](const Rows& rows, GradientRow* out, double* row_g) {
+    for (int r = 0; r < rows.count; ++r) {
+      const int64_t row = rows.first + r;
+      const double* c = coefficients + 4 * row;
+      out[r] = {saved[3 * row], saved[3 * row + 1], c[0], c[1], c[2], c[3], 0.0, false};
+      for (int i = 0; targets && i < targets.k; ++i) row_g[r * targets.k + i] = g[row * targets.k + i];
+    }
   };
   sweep.run();
 }

@@ -9,8 +9,11 @@
 namespace fastloss {
 namespace {
 
+struct Avx2F64;
+
 struct Avx2F32 {
   using T = float;
+  using Wide = Avx2F64;
   using Reg = __m256;
   static constexpr int kWidth = 8;
   static Reg set(T x) { return _mm256_set1_ps(x); }
@@ -24,23 +27,10 @@ struct Avx2F32 {
   static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
   static void stream(float* p, Reg x) { _mm256_stream_ps(p, x); }
   static void fence() { _mm_sfence(); }
-  static void store(BF16* p, Reg x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16_bits(x)); }
-  static void store(F16* p, Reg x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), f16_bits(x)); }
-  static void stream(BF16* p, Reg x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), bf16_bits(x)); }
-  static void stream(F16* p, Reg x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), f16_bits(x)); }
-  static __m128i f16_bits(Reg x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
-  static __m128i bf16_bits(Reg x) {
-    // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const __m256 chosen =
-        _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(chosen), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    return _mm256_castsi256_si128(packed);
-  }
+  static void store(BF16* p, Reg x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16s(x)); }
+  static void store(F16* p, Reg x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16s(x)); }
+  static void stream(BF16* p, Reg x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16s(x)); }
+  static void stream(F16* p, Reg x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16s(x)); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
@@ -73,17 +63,30 @@ struct Avx2F32 {
     const __m256i from = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_permutevar8x32_ps(a, _mm256_add_epi32(from, _mm256_set1_epi32(kBy)));
   }
-  static Reg zip_low(Reg a, Reg b) { return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20); }
-  static Reg zip_high(Reg a, Reg b) { return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31); }
   static Reg power_of_two(Reg x) {
     const __m256i table = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kEighths));
     const __m256i bits = _mm256_castps_si256(x);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(table, bits), _mm256_slli_epi32(bits, 20)));
   }
+
+ private:
+  static __m128i to_bf16s(Reg x) {
+    // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256 chosen =
+        _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(chosen), 16);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08));
+  }
+  static __m128i to_f16s(Reg x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 };
 
 struct Avx2F64 {
   using T = double;
+  using Wide = Avx2F64;
   using Reg = __m256d;
   static constexpr int kWidth = 4;
   static Reg set(T x) { return _mm256_set1_pd(x); }
@@ -117,8 +120,11 @@ struct Avx2F64 {
   static Reg shift_down(Reg a) {
     return kBy == 2 ? _mm256_permute4x64_pd(a, 0x0e) : _mm256_permute4x64_pd(a, 0x01);
   }
-  static Reg zip_low(Reg a, Reg b) { return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20); }
-  static Reg zip_high(Reg a, Reg b) { return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31); }
+  static Reg exponent(Reg x) {
+    // A small integer in the low bits of 2^52 is what that number has more.
+    const __m256i above = _mm256_srli_epi64(_mm256_sub_epi64(_mm256_castpd_si256(x), _mm256_set1_epi64x(kSqrtHalf)), 52);
+    return sub(_mm256_castsi256_pd(_mm256_or_si256(above, _mm256_castpd_si256(set(0x1p+52)))), set(0x1p+52));
+  }
   static Reg power_of_two(Reg x) { return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x), 52)); }
 };
 

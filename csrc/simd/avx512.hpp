@@ -9,8 +9,11 @@
 namespace fastloss {
 namespace {
 
+struct Avx512F64;
+
 struct Avx512F32 {
   using T = float;
+  using Wide = Avx512F64;
   using Reg = __m512;
   static constexpr int kWidth = 16;
   static Reg set(T x) { return _mm512_set1_ps(x); }
@@ -24,19 +27,10 @@ struct Avx512F32 {
   static void store(float* p, Reg x) { _mm512_storeu_ps(p, x); }
   static void stream(float* p, Reg x) { _mm512_stream_ps(p, x); }
   static void fence() { _mm_sfence(); }
-  static void store(BF16* p, Reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_bits(x)); }
-  static void store(F16* p, Reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f16_bits(x)); }
-  static void stream(BF16* p, Reg x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bf16_bits(x)); }
-  static void stream(F16* p, Reg x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), f16_bits(x)); }
-  static __m256i f16_bits(Reg x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
-  static __m256i bf16_bits(Reg x) {
-    // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    const __m512i chosen = _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, half);  // NaN stays NaN
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
-  }
+  static void store(BF16* p, Reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16s(x)); }
+  static void store(F16* p, Reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16s(x)); }
+  static void stream(BF16* p, Reg x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16s(x)); }
+  static void stream(F16* p, Reg x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16s(x)); }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
@@ -69,23 +63,27 @@ struct Avx512F32 {
     const __m512i from = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_permutexvar_ps(_mm512_add_epi32(from, _mm512_set1_epi32(kBy)), a);
   }
-  static Reg zip_low(Reg a, Reg b) {
-    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    return _mm512_permutex2var_ps(a, order, b);
-  }
-  static Reg zip_high(Reg a, Reg b) {
-    const __m512i order = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    return _mm512_permutex2var_ps(a, order, b);
-  }
   static Reg power_of_two(Reg x) {
     const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(kEighths)));
     const __m512i bits = _mm512_castps_si512(x);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(bits, table), _mm512_slli_epi32(bits, 20)));
   }
+
+ private:
+  static __m256i to_bf16s(Reg x) {
+    // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i chosen = _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, half);  // NaN stays NaN
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+  }
+  static __m256i to_f16s(Reg x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 };
 
 struct Avx512F64 {
   using T = double;
+  using Wide = Avx512F64;
   using Reg = __m512d;
   static constexpr int kWidth = 8;
   static Reg set(T x) { return _mm512_set1_pd(x); }
@@ -119,8 +117,10 @@ struct Avx512F64 {
   static Reg shift_down(Reg a) {
     return _mm512_permutexvar_pd(_mm512_add_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(kBy)), a);
   }
-  static Reg zip_low(Reg a, Reg b) { return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b); }
-  static Reg zip_high(Reg a, Reg b) { return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b); }
+  static Reg exponent(Reg x) {
+    const __m512i above = _mm512_sub_epi64(_mm512_castpd_si512(x), _mm512_set1_epi64(kSqrtHalf));
+    return _mm512_cvtepi64_pd(_mm512_srli_epi64(above, 52));
+  }
   static Reg power_of_two(Reg x) { return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x), 52)); }
 };
 

@@ -9,8 +9,11 @@
 namespace fastloss {
 namespace {
 
+struct NeonF64;
+
 struct NeonF32 {
   using T = float;
+  using Wide = NeonF64;
   using Reg = float32x4_t;
   static constexpr int kWidth = 4;
   static Reg set(T x) { return vdupq_n_f32(x); }
@@ -62,8 +65,6 @@ struct NeonF32 {
   static Reg shift_down(Reg a) {
     return vextq_f32(a, a, kBy);
   }
-  static Reg zip_low(Reg a, Reg b) { return vzip1q_f32(a, b); }
-  static Reg zip_high(Reg a, Reg b) { return vzip2q_f32(a, b); }
   static Reg power_of_two(Reg x) {
     const uint8x16x2_t table = {{vreinterpretq_u8_u32(vld1q_u32(kEighths)), vreinterpretq_u8_u32(vld1q_u32(kEighths + 4))}};
     const uint32x4_t bits = vreinterpretq_u32_f32(x);
@@ -75,6 +76,7 @@ struct NeonF32 {
 
 struct NeonF64 {
   using T = double;
+  using Wide = NeonF64;
   using Reg = float64x2_t;
   static constexpr int kWidth = 2;
   static Reg set(T x) { return vdupq_n_f64(x); }
@@ -106,8 +108,9 @@ struct NeonF64 {
   static Reg shift_down(Reg a) {
     return vextq_f64(a, a, kBy);
   }
-  static Reg zip_low(Reg a, Reg b) { return vzip1q_f64(a, b); }
-  static Reg zip_high(Reg a, Reg b) { return vzip2q_f64(a, b); }
+  static Reg exponent(Reg x) {
+    return vcvtq_f64_u64(vshrq_n_u64(vsubq_u64(vreinterpretq_u64_f64(x), vdupq_n_u64(kSqrtHalf)), 52));
+  }
   static Reg power_of_two(Reg x) { return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(x), 52)); }
 };
 

@@ -98,8 +98,13 @@ inline int32_t random_bits(uint32_t column, RandomKey key) {
   return static_cast<int32_t>((x ^ (x >> 16)) >> 1);
 }
 
+constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd;  // the bits of sqrt(1/2)
+
+struct ScalarF64;
+
 struct ScalarF32 {
   using T = float;
+  using Wide = ScalarF64;
   using Reg = float;
   static constexpr int kWidth = 1;
   static Reg set(T x) { return x; }
@@ -136,15 +141,13 @@ struct ScalarF32 {
   static Reg shift_down(Reg a) {
     return a;
   }
-  // The elements of a and b in turn, a first: the lower and the upper half of that.
-  static Reg zip_low(Reg a, Reg) { return a; }
-  static Reg zip_high(Reg, Reg b) { return b; }
   // 2^(k/8), k in the low bits of x.
   static Reg power_of_two(Reg x) { return float_of(kEighths[float_bits(x) & 7] + (float_bits(x) << 20)); }
 };
 
 struct ScalarF64 {
   using T = double;
+  using Wide = ScalarF64;
   using Reg = double;
   static constexpr int kWidth = 1;
   static Reg set(T x) { return x; }
@@ -170,8 +173,12 @@ struct ScalarF64 {
   static Reg shift_down(Reg a) {
     return a;
   }
-  static Reg zip_low(Reg a, Reg) { return a; }
-  static Reg zip_high(Reg, Reg b) { return b; }
+  // k of x = 2^k m with m between sqrt(1/2) and sqrt(2), for x >= 1.
+  static Reg exponent(Reg x) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    return static_cast<double>((bits - kSqrtHalf) >> 52);
+  }
   // 2^(k - 1023), k in the low bits of x; 0 for k = 0.
   static Reg power_of_two(Reg x) {
     uint64_t bits;

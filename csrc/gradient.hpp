@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradient of a tile: its targets in double, several in one register, and the panels around them.
+#pragma once
+
+#include "row.hpp"
+
+namespace fastloss {
+namespace {
+
+// grad_j = p_j (a + b x_j + c p_j) + w_j (d + e q_j), times dz/dx. The plain form has b = c = e = 0 and no weights.
+template <class O>
+struct GradientTerms {
+  using T = typename O::T;
+  // Of each row. Which form a row takes is its own affair, whatever its neighbours in the panel take.
+  T ref[O::kRows] = {}, inv_sum[O::kRows] = {}, a[O::kRows] = {}, b[O::kRows] = {}, c[O::kRows] = {}, d[O::kRows] = {},
+    e[O::kRows] = {}, plain[O::kRows] = {};
+  const T* weight;      // null: ones
+  const T* soft;        // null: no soft targets
+  const T* derivative;  // null: already in the coefficients
+};
+
+template <class O, bool kPlain>
+struct GradientFormula {
+  using V = typename O::V;
+  using Reg = typename V::Reg;
+  const GradientTerms<O>& t;
+  const Reg ref = O::per_row(t.ref), inv_sum = O::per_row(t.inv_sum), a = O::per_row(t.a), b = O::per_row(t.b),
+            c = O::per_row(t.c), d = O::per_row(t.d), e = O::per_row(t.e), plain = O::per_row(t.plain),
+            plain_a = V::mul(a, inv_sum);
+
+  Reg at(const typename V::T* z, int i) const {
+    const auto x = clamp_exponent<V>(V::sub(load_at<O>(z, i), ref));
+    const auto power = exp_clamped<V>(x);
+    const auto plain_g = V::fma(power, plain_a, d);
+    if constexpr (kPlain) return plain_g;
+    const auto p = V::mul(power, inv_sum);
+    auto g = V::mul(p, V::fma(c, p, V::fma(b, x, a)));
+    auto share = d;
+    if (t.soft) share = V::fma(e, load_at<O>(t.soft, i), share);
+    g = t.weight ? V::fma(O::per_class(t.weight + i), share, g) : V::add(g, share);
+    if (t.derivative) g = V::mul(g, load_at<O>(t.derivative, i));
+    return O::kRows == 1 ? g : V::select_greater(plain, V::set(0), plain_g, g);
+  }
+};
+
+// The gradient of one panel of n classes; `out` may be z itself. Nothing behind out + n is touched. `ahead` is memory that the
+// caller reads next. With kStream the stores go past the caches, and `out` is aligned to a register.
+template <class O, bool kPlain, bool kStream>
+inline void gradient_panel(const GradientTerms<O>& terms, const typename O::T* z, int n, const char* ahead, int ahead_bytes,
+                           typename O::T* out) {
+  using V = typename O::V;
+  const GradientFormula<O, kPlain> formula{terms};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);
+    ahead += ahead_bytes;
+#pragma GCC unroll 8
+    for (int k = 0; k < kLanes; k += O::kClasses) {
+      const auto g = formula.at(z, i + k);
+      if constexpr (kStream) {
+        V::stream(out + (i + k) * O::kRows, g);
+      } else {
+        V::store(out + (i + k) * O::kRows, g);
+      }
+    }
+  }
+  for (; i < n; i += O::kClasses) {
+    const auto g = formula.at(z, i);
+    if (i + O::kClasses <= n) {
+      V::store(out + i * O::kRows, g);
+    } else {
+      typename V::T rest[V::kWidth];
+      V::store(rest, g);
+      for (int j = 0; i + j < n; ++j) out[i + j] = rest[j];
+    }
+  }
+}
+
+// Ids that occur again in a row add up at their first place.
+inline bool occurs_before(const int64_t* id, int i) {
+  for (int j = 0; j < i; ++j) {
+    if (id[j] == id[i]) return true;
+  }
+  return false;
+}
+
+inline double one_hot(const int64_t* id, const double* g, int k, int i) {
+  double sum = 0.0;
+  for (int j = i; j < k; ++j) {
+    if (id[j] == id[i]) sum += g[j];
+  }
+  return sum;
+}
+
+// The gradient at targets, in double and rounded once: p - 1 of a confident row would cancel, so there 1 - p is made from
+// `rest`.
+template <class V>
+class TargetGradients {
+ public:
+  // `z` is the logit of the target, `slope` dz/dx there.
+  void add(const GradientRow& c, double z, double weight, double slope, double one_hot, double* out) {
+    const double numbers[kFields] = {z, c.max, c.rest, c.a, c.b, c.c, weight * c.d, slope, one_hot};
+    for (int f = 0; f < kFields; ++f) field_[f][count_] = numbers[f];
+    out_[count_++] = out;
+    if (count_ == kRoom) flush();
+  }
+
+  void flush() {
+    for (int h = count_; h % V::kWidth != 0; ++h) {
+      for (int f = 0; f < kFields; ++f) field_[f][h] = 0.0;
+    }
+    for (int h = 0; h < count_; h += V::kWidth) {
+      typename V::Reg n[kFields];
+      for (int f = 0; f < kFields; ++f) n[f] = V::load(field_[f] + h);
+      double lane[V::kWidth];
+      V::store(lane, gradient(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8]));
+      for (int i = 0; i < V::kWidth && h + i < count_; ++i) *out_[h + i] = lane[i];
+    }
+    count_ = 0;
+  }
+
+ private:
+  using Reg = typename V::Reg;
+
+  static Reg gradient(Reg z, Reg max, Reg rest, Reg a, Reg b, Reg c, Reg weighted_d, Reg slope, Reg one_hot) {
+    const auto one = V::set(1), half = V::set(0.5);
+    const auto x = clamp_exponent<V>(V::sub(z, finite_references<V>(max)));
+    const auto e = exp_clamped<V>(x);
+    const auto sum = V::add(one, rest);
+    const auto p = V::div(e, sum);
+    const auto one_minus_p = V::div(V::add(rest, V::sub(one, e)), sum);
+    const auto confident = V::sub(V::sub(a, one_hot), V::mul(a, one_minus_p));
+    const auto hit = V::select_greater(p, half, confident, V::sub(V::mul(a, p), one_hot));
+    const auto curved = V::mul(p, V::add(V::mul(b, x), V::mul(c, p)));
+    return V::mul(V::add(V::add(hit, curved), weighted_d), slope);
+  }
+
+  static constexpr int kFields = 9;
+  static constexpr int kRoom = 64;
+  double field_[kFields][kRoom];
+  double* out_[kRoom];
+  int count_ = 0;
+};
+
+// The terms of the rows of one panel; whether all of them are plain.
+template <class O>
+inline bool set_terms(const Pass& pass, const GradientRow* rows, int count, GradientTerms<O>& terms) {
+  using A = typename O::T;
+  const double slope = terms.derivative ? 1.0 : pass.transform.inv_temperature;
+  bool all_plain = true;
+  for (int r = 0; r < count; ++r) {
+    const GradientRow& c = rows[r];
+    terms.ref[r] = finite_reference(static_cast<A>(c.max));
+    terms.inv_sum[r] = static_cast<A>(1.0 / (1.0 + c.rest));
+    terms.a[r] = static_cast<A>(c.a * slope);
+    terms.b[r] = static_cast<A>(c.b * slope);
+    terms.c[r] = static_cast<A>(c.c * slope);
+    terms.d[r] = static_cast<A>(c.d * slope);
+    terms.e[r] = static_cast<A>(c.e * slope);
+    const bool weighted = terms.weight && c.d != 0.0;
+    const bool plain = terms.b[r] == 0 && terms.c[r] == 0 && !weighted && !terms.soft && !terms.derivative;
+    terms.plain[r] = plain;
+    all_plain &= plain;
+  }
+  return all_plain;
+}
+
+template <class O>
+void gradient_panels(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end,
+                     const GradientRow* coefficients, const TargetIds& ids, const double* g, double* corrected,
+                     const Tile& grad, Scratch& scratch) {
+  using V = typename O::V;
+  using A = typename V::T;
+  const bool softcapped = pass.transform.softcap != 0.0;
+  const int ahead_bytes = bytes_ahead(logits, rows);
+  // Rows of float32 and float64 go straight to memory; what needs rounding or lies across goes by way of the staged panels.
+  const bool direct = O::kRows == 1 && grad.class_step == 1 && grad.dtype == (sizeof(A) == 8 ? kF64 : kF32);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kBlock;
+    const int n = block_length(pass.classes, block);
+    if (direct && rows == 1 && coefficients[0].zero) {
+      __builtin_memset(element<A>(grad, 0, first), 0, n * sizeof(A));
+      continue;
+    }
+    const Staged<A> staged =
+        stage_logits<O>(pass, logits, rows, block, scratch, /*want_derivative=*/true, /*may_alias=*/direct);
+    const A* weight = pass.weight ? stage_weight<A>(pass, block, scratch) : nullptr;
+    A* q = soft.data ? static_cast<A*>(scratch.soft) : nullptr;
+    if (q) load_tile<O>(soft, first, n, rows, A(0), q, staged.panel_size);
+    const A* derivative = softcapped ? static_cast<const A*>(scratch.derivative) : nullptr;
+
+    // Calls visit(r, i, at) for each target of the block.
+    const auto for_targets = [&](auto visit) {
+      for (int r = 0; r < rows; ++r) {
+        const int64_t* id = ids.id + r * ids.k;
+        for (int i = 0; i < ids.k && !coefficients[r].zero; ++i) {
+          if (id[i] >= first && id[i] < first + n && !occurs_before(id, i)) visit(r, i, id[i] - first);
+        }
+      }
+    };
+    // The targets first: `out` may be z.
+    TargetGradients<typename V::Wide> targets;
+    for_targets([&](int r, int i, int64_t at) {
+      const int64_t there = place<O>(r, at, staged.panel_size);
+      const double slope = softcapped ? derivative[there] : pass.transform.inv_temperature;
+      targets.add(coefficients[r], staged.z[there], weight ? weight[at] : 1.0, slope,
+                  one_hot(ids.id + r * ids.k, g + r * ids.k, ids.k, i), corrected + r * ids.k + i);
+    });
+    targets.flush();
+    const auto panel_out = [&](int p) {
+      return direct ? element<A>(grad, p, first) : const_cast<A*>(staged.z) + p * staged.panel_size;
+    };
+    for (int p = 0; p < panel_count<O>(rows); ++p) {
+      const int row = p * O::kRows;
+      const int count = rows - row < O::kRows ? rows - row : O::kRows;
+      const A* z = staged.z + p * staged.panel_size;
+      A* out = panel_out(p);
+      GradientTerms<O> terms;
+      terms.weight = weight;
+      terms.soft = q ? q + p * staged.panel_size : nullptr;
+      terms.derivative = derivative ? derivative + p * staged.panel_size : nullptr;
+      const bool plain = set_terms<O>(pass, coefficients + row, count, terms);
+      // Over the logits themselves the line is at hand: nothing is gained past the caches.
+      const bool stream = direct && pass.stream && out != z && reinterpret_cast<uintptr_t>(out) % sizeof(typename V::Reg) == 0;
+      const auto write = plain    ? stream ? &gradient_panel<O, true, true> : &gradient_panel<O, true, false>
+                         : stream ? &gradient_panel<O, false, true>
+                                  : &gradient_panel<O, false, false>;
+      write(terms, z, n, next_block(logits, block, ahead_bytes), ahead_bytes, out);
+      for (int r = 0; r < count; ++r) {
+        for (int j = 0; j < n && coefficients[row + r].zero; ++j) out[j * O::kRows + r] = 0;
+      }
+    }
+    for_targets([&](int r, int i, int64_t at) {
+      panel_out(r / O::kRows)[place<O>(r % O::kRows, at, 0)] = static_cast<A>(corrected[r * ids.k + i]);
+    });
+    // Logits that were just read lie in the cache, but for planes, whose lines all fall into the same few sets.
+    const bool stream = pass.stream && (O::kRows > 1 || grad.data != logits.data);
+    if (!direct) store_tile<O>(staged.z, staged.panel_size, first, n, rows, grad, stream);
+  }
+  if (pass.stream) V::fence();
+}
+
+template <class O>
+void soft_gradient_panels(const Pass& pass, const Tile& logits, int rows, int64_t begin, int64_t end, const RowStats* stats,
+                          const double* scale, const Tile& out, Scratch& scratch) {
+  using V = typename O::V;
+  using A = typename V::T;
+  for (int64_t block = begin; block < end; ++block) {
+    const int n = block_length(pass.classes, block);
+    const Staged<A> staged = stage_logits<O>(pass, logits, rows, block, scratch, false, /*may_alias=*/false);
+    const A* weight = stage_weight<A>(pass, block, scratch);
+    for (int p = 0; p < panel_count<O>(rows); ++p) {
+      A* z = const_cast<A*>(staged.z) + p * staged.panel_size;
+      A max[O::kRows] = {}, log_sum[O::kRows] = {}, factor[O::kRows] = {};
+      for (int r = 0; r < O::kRows && p * O::kRows + r < rows; ++r) {
+        const int row = p * O::kRows + r;
+        max[r] = static_cast<A>(stats[row].max);
+        log_sum[r] = static_cast<A>(log1p_nonnegative<ScalarF64>(stats[row].rest));
+        factor[r] = static_cast<A>(scale[row]);
+      }
+      const auto top = O::per_row(max), log_sums = O::per_row(log_sum), factors = O::per_row(factor);
+      for (int j = 0; j < n; j += O::kClasses) {
+        const auto gap = V::sub(log_sums, V::sub(load_at<O>(z, j), top));
+        V::store(z + j * O::kRows, V::mul(V::mul(factors, O::per_class(weight + j)), gap));
+      }
+    }
+    store_tile<O>(staged.z, staged.panel_size, block * kBlock, n, rows, out);
+  }
+}
+
+}  // namespace
+}  // namespace fastloss
