@@ -2,6 +2,7 @@
 #include "cross_entropy.hpp"
 
 #include <limits>
+#include <memory>
 
 #include "numerics.hpp"
 
@@ -50,10 +51,15 @@ class Call {
   double counted(int64_t rows) const {
     if (soft_) return static_cast<double>(rows);
     double sum = 0.0;
+    int64_t count = 0;  // without weights: exact, and no chain of additions
     for (int64_t row = 0; row < rows; ++row) {
-      if (!ignored(row)) sum += row_weight(row);
+      if (!c_.weight) {
+        count += !ignored(row);
+      } else if (!ignored(row)) {
+        sum += row_weight(row);
+      }
     }
-    return sum;
+    return c_.weight ? sum : static_cast<double>(count);
   }
 
   double row_loss(int64_t row, const RowStats& stats, double target_z, SavedRow* saved) const {
@@ -79,7 +85,7 @@ class Call {
     sweep.soft = c_.soft_target;
     sweep.grad = grad;
     sweep.targets = c_.target;
-    if (!soft_) sweep.ignored = [this](int64_t row) { return ignored(row); };
+    if (!soft_) sweep.ignore_index = &c_.ignore_index;
     return sweep;
   }
 
@@ -91,10 +97,14 @@ class Call {
 };
 
 // In a fixed order, whatever the threads did.
-double ordered_sum(const std::vector<double>& values) {
-  constexpr size_t kChains = 8;
+double ordered_sum(const double* values, int64_t count) {
+  constexpr int64_t kChains = 8;
   double chain[kChains] = {};
-  for (size_t i = 0; i < values.size(); ++i) chain[i % kChains] += values[i];
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    for (int64_t k = 0; k < kChains; ++k) chain[k] += values[i + k];
+  }
+  for (; i < count; ++i) chain[i % kChains] += values[i];
   double sum = 0.0;
   for (const double part : chain) sum += part;
   return sum;
@@ -111,9 +121,10 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
   const double upstream = 1.0 / divisor;
   const Dtype dtype = accumulation(c.logits.dtype);
 
-  std::vector<double> losses(reduction == Reduction::kNone ? 0 : rows);
-  std::vector<SavedRow> kept(saved ? 0 : rows);
-  SavedRow* rows_saved = saved ? reinterpret_cast<SavedRow*>(saved) : kept.data();
+  // Not cleared: their pages are touched first by the threads that fill them.
+  const std::unique_ptr<double[]> losses(new double[reduction == Reduction::kNone ? 0 : rows]);
+  const std::unique_ptr<double[]> kept(new double[saved ? 0 : 3 * rows]);
+  SavedRow* rows_saved = reinterpret_cast<SavedRow*>(saved ? saved : kept.get());
   Sweep sweep = call.sweep(grad);
   sweep.on_rows = [&](const Rows& rows, const RowStats* stats, const double* target_z, const int64_t*) {
     for (int r = 0; r < rows.count; ++r) {
@@ -138,10 +149,10 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
     };
   }
   sweep.run();
-  if (reduction == Reduction::kSum) write_number(loss, dtype, 0, ordered_sum(losses));
+  if (reduction == Reduction::kSum) write_number(loss, dtype, 0, ordered_sum(losses.get(), rows));
   if (reduction == Reduction::kMean) {
     const bool empty = divisor == 0.0 && !denominator;
-    write_number(loss, dtype, 0, empty ? std::numeric_limits<double>::quiet_NaN() : ordered_sum(losses) / divisor);
+    write_number(loss, dtype, 0, empty ? std::numeric_limits<double>::quiet_NaN() : ordered_sum(losses.get(), rows) / divisor);
   }
   return divisor;
 }

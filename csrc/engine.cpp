@@ -18,7 +18,9 @@ constexpr int64_t kSerialElements = 32 * 1024;      // below, waking a thread co
 constexpr int64_t kTaskElements = 64 * 1024;        // what one task should hold at least
 constexpr int64_t kTasksOfLarge = 16;               // tasks a thread in a large call: long stretches of memory, see below
 constexpr int64_t kStreamBytes = int64_t{1} << 25;  // a gradient from here on would only push other data out of the caches
-constexpr int kTasksPerThread = 4;                  // fewer tiles than that a thread: split within the rows
+// Neighbouring rows of a tile with its classes far apart: half a run reads memory slower, twice a run spills out of L2.
+constexpr int64_t kRunBytes = kTileRows * 2;
+constexpr int kTasksPerThread = 4;  // fewer tiles than that a thread: split within the rows
 
 // The axes of the rows of several tensors at once, those that lie behind each other in all of them merged into one.
 class RowLayout {
@@ -85,14 +87,18 @@ Scratch& scratch() {
   return buffers.scratch;
 }
 
+bool adjacent(const Tensor& t) { return !t || t.strides[t.axis] == 1 || t.shape[t.axis] == 1; }
+
 // Where the tiles of a call begin, and how many rows each holds.
 class Tiling {
  public:
-  Tiling(const RowLayout& layout, int64_t rows, int64_t classes, bool classes_adjacent) : inner_(layout.inner()) {
+  Tiling(const RowLayout& layout, int64_t rows, const Tensor& logits, const Tensor& out) : inner_(layout.inner()) {
+    const int64_t classes = logits.shape[logits.axis];
     const int64_t staged = (std::min<int64_t>(classes, kBlock) + kLanes - 1) / kLanes * kLanes;
-    const int64_t most = std::min<int64_t>(kTileElements / staged / kRowGroup * kRowGroup, kTileRows);
-    // Adjacent classes: as many short rows as fit in a block. Else enough rows to use whole cache lines.
-    rows_ = std::min(inner_, classes_adjacent ? std::max<int64_t>(1, kBlock / staged) : most);
+    // Adjacent classes: as many short rows as fit in a block. Else enough rows for long runs of memory.
+    const int64_t room = kTileElements / staged / kRowGroup * kRowGroup;
+    rows_ = adjacent(logits) && adjacent(out) ? kBlock / staged : std::min(room, kRunBytes / itemsize_of(logits.dtype));
+    rows_ = std::min(inner_, rows_);
     per_inner_ = (inner_ + rows_ - 1) / rows_;
     count_ = rows / inner_ * per_inner_;
   }
@@ -123,7 +129,7 @@ class Run {
       : s_(sweep),
         kernels_(kernels_for(sweep.logits.dtype)),
         layout_(tensors(sweep)),
-        tiling_(layout_, rows, sweep.pass.classes, adjacent(sweep.logits) && adjacent(sweep.grad)),
+        tiling_(layout_, rows, sweep.logits, sweep.grad),
         blocks_((sweep.pass.classes + kBlock - 1) / kBlock),
         threads_(rows * sweep.pass.classes < kSerialElements ? 1 : get_num_threads()) {}
 
@@ -148,8 +154,6 @@ class Run {
   }
 
  private:
-  static bool adjacent(const Tensor& t) { return !t || t.strides[t.axis] == 1 || t.shape[t.axis] == 1; }
-
   static std::vector<const Tensor*> tensors(const Sweep& s) {
     std::vector<const Tensor*> list{&s.logits};
     if (s.soft) list.push_back(&s.soft);
@@ -189,13 +193,13 @@ class Run {
     w.target_z.resize(ids);
     w.g.resize(ids);
     w.corrected.resize(ids);
+    for (size_t i = 0; i < ids; ++i) w.ids[i] = s_.targets[w.first_row * k + i];
     w.ignored.assign(w.rows, 0);
-    w.skip = s_.ignored != nullptr;
-    for (int r = 0; r < w.rows; ++r) {
-      const int64_t row = w.first_row + r;
-      if (s_.ignored) w.ignored[r] = s_.ignored(row);
-      if (!w.ignored[r]) w.skip = false;
-      for (size_t i = 0; i < k; ++i) w.ids[r * k + i] = w.ignored[r] ? 0 : s_.targets[row * k + i];
+    w.skip = s_.ignore_index != nullptr;
+    for (int r = 0; r < w.rows && s_.ignore_index; ++r) {
+      w.ignored[r] = w.ids[r * k] == *s_.ignore_index;
+      w.skip &= w.ignored[r];
+      if (w.ignored[r]) w.ids[r * k] = 0;
     }
     if (s_.want_rank && !w.skip) kernels_.gather(s_.pass, w.logits, w.rows, target_ids(w), w.target_z.data());
     if (s_.on_rows) w.partials.resize(blocks_ * kPartialFields * row_room(w));
@@ -223,11 +227,8 @@ class Run {
       s_.on_rows(rows, w.stats.data(), w.target_z.data(), w.ranks.data());
     }
     if (s_.coefficients) {
-      for (int r = 0; r < w.rows; ++r) {
-        w.coefficients[r] = GradientRow{};
-        w.coefficients[r].zero = w.ignored[r];
-      }
       s_.coefficients(rows, w.coefficients.data(), w.g.data());
+      for (int r = 0; r < w.rows; ++r) w.coefficients[r].zero = w.ignored[r];
     }
   }
 
@@ -299,6 +300,7 @@ int64_t row_count(const Tensor& tensor) {
 void Sweep::run() {
   const int64_t rows = row_count(logits);
   if (rows == 0) return;
+  pass.want |= soft ? kWantSoft : 0;
   pass.stream = grad && rows * pass.classes * itemsize_of(grad.dtype) >= kStreamBytes;
   Run(*this, rows).run();
 }
@@ -308,7 +310,7 @@ void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& o
   const int64_t rows = row_count(logits);
   if (rows == 0) return;
   const RowLayout layout({&logits, &out});
-  const Tiling tiling(layout, rows, pass.classes, logits.strides[logits.axis] == 1 && out.strides[out.axis] == 1);
+  const Tiling tiling(layout, rows, logits, out);
   const int threads = rows * pass.classes < kSerialElements ? 1 : get_num_threads();
   parallel_for(tiling.count(), threads, [&](int64_t tile) {
     RowStats stats[kTileRows];

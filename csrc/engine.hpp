@@ -54,11 +54,11 @@ struct Sweep {
   Tensor logits, soft, grad;
   Targets targets;
   bool want_rank = false;
-  SampledGradient* sampled = nullptr;  // in place of a dense gradient
-  std::function<bool(int64_t row)> ignored;
+  SampledGradient* sampled = nullptr;     // in place of a dense gradient
+  const int64_t* ignore_index = nullptr;  // rows with this target are ignored
   // One entry a row, or a target of a row. Those of ignored rows hold nothing.
   std::function<void(const Rows& rows, const RowStats* stats, const double* target_z, const int64_t* rank)> on_rows;
-  // Fills in `coefficients` and, one number a target, `g`; ignored rows are left as they are.
+  // Fills in `coefficients`, one entry a row, and `g`, one number a target; those of ignored rows do not matter.
   std::function<void(const Rows& rows, GradientRow* coefficients, double* g)> coefficients;
   void run();
 };

@@ -14,7 +14,8 @@ inline double* partial_row(const Partials& p, int64_t block, PartialField field)
 
 // Merges the partials of whole rows. `argmax` is set to the first block with the maximum.
 template <class V>
-void finish_rows(const Partials& partials, int64_t blocks, int rows, RowStats* stats) {
+void finish_rows(const Pass& pass, const Partials& partials, int rows, RowStats* stats) {
+  const int64_t blocks = block_count(pass);
   const auto zero = V::set(0), one = V::set(1), just_below_one = V::set(0x1.fffffffffffffp-1);
   for (int row = 0; row < rows; row += V::kWidth) {
     const auto part = [&](int64_t block, PartialField field) { return V::load(partial_row(partials, block, field) + row); };
@@ -34,16 +35,18 @@ void finish_rows(const Partials& partials, int64_t blocks, int rows, RowStats* s
       top_sum = V::select_greater(one, from_top, sum, top_sum);
       top_rest = V::select_greater(one, from_top, part(b, kRest), top_rest);
       others = V::add(others, V::zero_where_zero(V::mul(sum, scale), from_top));
-      sum_x = V::add(sum_x, V::mul(V::add(part(b, kSumX), V::zero_where_zero(V::mul(shift, sum), scale)), scale));
-      sum_sq = V::add(sum_sq, V::mul(V::mul(part(b, kSumSq), scale), scale));
+      if (pass.want & (kWantEntropy | kWantSumSq)) {
+        sum_x = V::add(sum_x, V::mul(V::add(part(b, kSumX), V::zero_where_zero(V::mul(shift, sum), scale)), scale));
+      }
+      if (pass.want & kWantSumSq) sum_sq = V::add(sum_sq, V::mul(V::mul(part(b, kSumSq), scale), scale));
       // No weight: nothing, even of a block of only -inf.
-      const auto add_weighted = [&](typename V::Reg to, typename V::Reg value, typename V::Reg by) {
-        return V::add(to, V::zero_where_zero(V::add(value, V::mul(shift, by)), by));
+      const auto add_weighted = [&](PartialField value, PartialField by, typename V::Reg& to, typename V::Reg& total) {
+        const auto w = part(b, by);
+        to = V::add(to, V::zero_where_zero(V::add(part(b, value), V::mul(shift, w)), w));
+        total = V::add(total, w);
       };
-      weighted = add_weighted(weighted, part(b, kWeighted), part(b, kWeight));
-      soft = add_weighted(soft, part(b, kSoft), part(b, kSoftWeight));
-      weight = V::add(weight, part(b, kWeight));
-      soft_weight = V::add(soft_weight, part(b, kSoftWeight));
+      if (pass.want & kWantWeighted) add_weighted(kWeighted, kWeight, weighted, weight);
+      if (pass.want & kWantSoft) add_weighted(kSoft, kSoftWeight, soft, soft_weight);
     }
     // Neither NaN nor a row of only -inf: else NaN.
     const auto valid = V::add(top_sum, others);
@@ -57,12 +60,16 @@ void finish_rows(const Partials& partials, int64_t blocks, int rows, RowStats* s
     scatter(max, &RowStats::max);
     scatter(rest, &RowStats::rest);
     scatter(log1p_nonnegative<V>(rest), &RowStats::log_sum);
-    scatter(V::mul(sum_x, inv_sum), &RowStats::mean_x);
-    scatter(V::mul(V::mul(sum_sq, inv_sum), inv_sum), &RowStats::sum_sq);
-    scatter(weighted, &RowStats::weighted);
-    scatter(weight, &RowStats::weight);
-    scatter(soft, &RowStats::soft);
-    scatter(soft_weight, &RowStats::soft_weight);
+    if (pass.want & (kWantEntropy | kWantSumSq)) scatter(V::mul(sum_x, inv_sum), &RowStats::mean_x);
+    if (pass.want & kWantSumSq) scatter(V::mul(V::mul(sum_sq, inv_sum), inv_sum), &RowStats::sum_sq);
+    if (pass.want & kWantWeighted) {
+      scatter(weighted, &RowStats::weighted);
+      scatter(weight, &RowStats::weight);
+    }
+    if (pass.want & kWantSoft) {
+      scatter(soft, &RowStats::soft);
+      scatter(soft_weight, &RowStats::soft_weight);
+    }
     double lane[V::kWidth];
     V::store(lane, top);
     for (int r = 0; r < V::kWidth && row + r < rows; ++r) stats[row + r].argmax = static_cast<int64_t>(lane[r]);

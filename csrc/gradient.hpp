@@ -150,6 +150,8 @@ inline bool set_terms(const Pass& pass, const GradientRow* rows, int count, Grad
   bool all_plain = true;
   for (int r = 0; r < count; ++r) {
     const GradientRow& c = rows[r];
+    terms.plain[r] = 1;
+    if (c.zero) continue;
     terms.ref[r] = finite_reference(static_cast<A>(c.max));
     terms.inv_sum[r] = static_cast<A>(1.0 / (1.0 + c.rest));
     terms.a[r] = static_cast<A>(c.a * slope);

@@ -34,7 +34,13 @@ struct Tile {
   int64_t class_step = 1;
 };
 
-enum Want : int { kWantEntropy = 1, kWantSumSq = 2, kWantWeighted = 4, kWantArgmax = 8 };
+enum Want : int {
+  kWantEntropy = 1,   // mean_x
+  kWantSumSq = 2,     // sum_sq, and mean_x
+  kWantWeighted = 4,  // weighted, weight
+  kWantArgmax = 8,    // argmax
+  kWantSoft = 16,     // soft, soft_weight
+};
 
 // What stays the same over all tiles of a call.
 struct Pass {
@@ -65,8 +71,9 @@ struct Partials {
   int64_t row_room;
 };
 
-// Statistics of one row. The normaliser is kept as (max, rest): sum_j exp(z_j - max) = 1 + rest, log-sum-exp = max +
-// log1p(rest). Where one class holds most of the probability, rest is summed without it, so that nothing of 1 - p is lost.
+// Statistics of one row; what is not wanted holds nothing. The normaliser is kept as (max, rest): sum_j exp(z_j - max) = 1 +
+// rest, log-sum-exp = max + log1p(rest). Where one class holds most of the probability, rest is summed without it, so that
+// nothing of 1 - p is lost.
 struct RowStats {
   double max;
   double rest;

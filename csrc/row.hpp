@@ -102,10 +102,9 @@ inline void row_max(const typename O::T* z, int n, typename O::T* out) {
   top.reduce(V::max, out);
 }
 
-// Numbers of the rows of one panel.
 template <class O>
 struct PanelSums {
-  typename O::T sum[O::kRows], sum_x[O::kRows] = {}, sum_sq[O::kRows] = {};
+  typename O::T sum[O::kRows], sum_x[O::kRows], sum_sq[O::kRows];
 };
 
 // sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x). `ahead` is memory that the caller reads next.

@@ -127,6 +127,28 @@ inline T* element(const Tile& tile, int64_t row, int64_t column) {
   return reinterpret_cast<T*>(tile.data) + row * tile.row_step + column * tile.class_step;
 }
 
+// Calls single(row, column) for the rows from `begin` on, along the shorter step in memory.
+template <class Single>
+inline void for_places(const Tile& tile, int begin, int rows, int columns, Single single) {
+  if (__builtin_llabs(tile.class_step) < __builtin_llabs(tile.row_step)) {
+    for (int r = begin; r < rows; ++r) {
+      for (int j = 0; j < columns; ++j) single(r, j);
+    }
+  } else {
+    for (int j = 0; j < columns; ++j) {
+      for (int r = begin; r < rows; ++r) single(r, j);
+    }
+  }
+}
+
+// The rows of the tile that whole registers take to and from the panels.
+template <class O, class T>
+inline int whole_rows(const Tile& tile, int rows) {
+  if constexpr (!kNative<typename O::V, T>) return 0;
+  if (O::kRows == 1) return tile.class_step == 1 ? rows : 0;
+  return tile.row_step == 1 ? rows / O::kRows * O::kRows : 0;
+}
+
 // Columns [first, first + n) of every row of the tile, as panels at z, `panel_size` apart. Behind the last class lies
 // `padding`, behind the last row 0.
 template <class O>
@@ -136,30 +158,27 @@ inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename
   using A = typename V::T;
   with_storage(tile.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    const bool whole_registers = kNative<V, T> && (O::kRows == 1 ? tile.class_step == 1 : tile.row_step == 1);
-    if (O::kRows == 1 && whole_registers) {
-      for (int r = 0; r < rows; ++r) widen_run<V>(element<const T>(tile, r, first), n, z + r * panel_size);
-      return;
-    }
-    const int whole_rows = whole_registers ? rows / O::kRows * O::kRows : 0;
-    for (int j = 0; j < n; ++j) {
-      if constexpr (kNative<V, T>) {
+    const int whole = whole_rows<O, T>(tile, rows);
+    if constexpr (O::kRows == 1) {
+      for (int r = 0; r < whole; ++r) widen_run<V>(element<const T>(tile, r, first), n, z + r * panel_size);
+    } else if constexpr (kNative<V, T>) {
+      for (int j = 0; j < n; ++j) {
         // Each class is another place in memory, too many for the hardware to follow: fetch the next ones by hand.
         const char* ahead = reinterpret_cast<const char*>(element<const T>(tile, 0, first + j + kClassesAhead));
-        for (size_t byte = 0; byte < whole_rows * sizeof(T); byte += 64) __builtin_prefetch(ahead + byte);
+        for (size_t byte = 0; byte < whole * sizeof(T); byte += 64) __builtin_prefetch(ahead + byte);
         const T* x = element<const T>(tile, 0, first + j);
         A* out = z + j * O::kRows;
-        for (int r = 0; r < whole_rows; r += O::kRows, out += panel_size) V::store(out, V::load(x + r));
-      }
-      for (int r = whole_rows; r < rows; ++r) {
-        z[place<O>(r, j, panel_size)] = static_cast<A>(widen(*element<const T>(tile, r, first + j)));
+        for (int r = 0; r < whole; r += O::kRows, out += panel_size) V::store(out, V::load(x + r));
       }
     }
+    for_places(tile, whole, rows, n, [&](int r, int j) {
+      z[place<O>(r, j, panel_size)] = static_cast<A>(widen(*element<const T>(tile, r, first + j)));
+    });
   });
   for (int r = rows; r < panel_count<O>(rows) * O::kRows; ++r) {
     for (int j = 0; j < n; ++j) z[place<O>(r, j, panel_size)] = 0;
   }
-  for (int r = 0; r < rows && O::kRows == 1; ++r) {
+  for (int r = 0; r < rows && O::padded(n) > n; ++r) {
     for (int j = n; j < O::padded(n); ++j) z[r * panel_size + j] = padding;
   }
 }
@@ -171,22 +190,18 @@ inline void store_tile(const typename O::T* z, int64_t panel_size, int64_t first
   using V = typename O::V;
   with_storage(tile.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    const bool whole_registers = kNative<V, T> && (O::kRows == 1 ? tile.class_step == 1 : tile.row_step == 1);
-    if (O::kRows == 1 && whole_registers) {
-      for (int r = 0; r < rows; ++r) narrow_run<V>(z + r * panel_size, n, element<T>(tile, r, first), stream);
-      return;
-    }
-    const int whole_rows = whole_registers ? rows / O::kRows * O::kRows : 0;
-    for (int j = 0; j < n; ++j) {
-      if constexpr (kNative<V, T>) {
+    const int whole = whole_rows<O, T>(tile, rows);
+    if constexpr (O::kRows == 1) {
+      for (int r = 0; r < whole; ++r) narrow_run<V>(z + r * panel_size, n, element<T>(tile, r, first), stream);
+    } else if constexpr (kNative<V, T>) {
+      for (int j = 0; j < n; ++j) {
         T* out = element<T>(tile, 0, first + j);
         const typename V::T* x = z + j * O::kRows;
-        for (int r = 0; r < whole_rows; r += O::kRows, x += panel_size) store_or_stream<V>(out + r, V::load(x), stream);
-      }
-      for (int r = whole_rows; r < rows; ++r) {
-        *element<T>(tile, r, first + j) = narrow<T>(z[place<O>(r, j, panel_size)]);
+        for (int r = 0; r < whole; r += O::kRows, x += panel_size) store_or_stream<V>(out + r, V::load(x), stream);
       }
     }
+    for_places(tile, whole, rows, n,
+               [&](int r, int j) { *element<T>(tile, r, first + j) = narrow<T>(z[place<O>(r, j, panel_size)]); });
   });
 }
 

@@ -110,7 +110,7 @@ Outcome run(const Kernels& kernels, const Case& c) {
   pass.classes = c.classes;
   pass.transform = {1 / c.temperature, c.softcap, c.bias ? bias_bytes.data() : nullptr};
   pass.weight = c.weight ? weight_bytes.data() : nullptr;
-  pass.want = kWantEntropy | kWantSumSq | kWantWeighted | kWantArgmax;
+  pass.want = kWantEntropy | kWantSumSq | kWantWeighted | kWantArgmax | kWantSoft;
   const auto tile = [&](std::vector<char>& data) {
     return c.rows > 1 ? Tile{data.data(), c.dtype, 1, c.rows} : Tile{data.data(), c.dtype, c.classes, 1};
   };

@@ -74,7 +74,7 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
     if (q) load_tile<O>(soft, first, n, rows, A(0), q, staged.panel_size);
     for (int p = 0; p < panel_count<O>(rows); ++p) {
       const A* z = staged.z + p * staged.panel_size;
-      A max[O::kRows], ref[O::kRows], zero[O::kRows] = {};
+      A max[O::kRows], ref[O::kRows];
       row_max<O>(z, n, max);
       for (int r = 0; r < O::kRows; ++r) ref[r] = finite_reference(max[r]);
       PanelSums<O> sums, without = {};
@@ -89,20 +89,24 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
       };
       write(kMax, max);
       write(kSum, sums.sum);
-      write(kSumX, sums.sum_x);
-      write(kSumSq, sums.sum_sq);
       double* rest = partial_row(partials, block, kRest) + p * O::kRows;
       for (int r = 0; r < O::kRows; ++r) rest[r] = sums.sum[r] - 1.0;
       for (int r = 0; r < O::kRows && confident; ++r) {
         if (is_confident(sums.sum[r])) rest[r] = without.sum[r];
       }
-      A weighted[O::kRows] = {}, total[O::kRows] = {};
-      if (pass.want & kWantWeighted) weighted_sums<O, false>(z, weight, nullptr, n, ref, weighted, total);
-      write(kWeighted, weighted);
-      write(kWeight, total);
-      if (q) weighted_sums<O, true>(z, weight, q + p * staged.panel_size, n, ref, weighted, total);
-      write(kSoft, q ? weighted : zero);
-      write(kSoftWeight, q ? total : zero);
+      if (pass.want & (kWantEntropy | kWantSumSq)) write(kSumX, sums.sum_x);
+      if (pass.want & kWantSumSq) write(kSumSq, sums.sum_sq);
+      A weighted[O::kRows], total[O::kRows];
+      if (pass.want & kWantWeighted) {
+        weighted_sums<O, false>(z, weight, nullptr, n, ref, weighted, total);
+        write(kWeighted, weighted);
+        write(kWeight, total);
+      }
+      if (q) {
+        weighted_sums<O, true>(z, weight, q + p * staged.panel_size, n, ref, weighted, total);
+        write(kSoft, weighted);
+        write(kSoftWeight, total);
+      }
     }
     for (int r = 0; r < rows; ++r) {
       for (int i = r * ids.k; i < (r + 1) * ids.k; ++i) {
@@ -136,7 +140,7 @@ void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int6
 template <class V>
 void finish(const Pass& pass, const Tile& logits, int rows, const Partials& partials, RowStats* stats, Scratch& scratch) {
   using A = typename V::T;
-  finish_rows<typename V::Wide>(partials, block_count(pass), rows, stats);
+  finish_rows<typename V::Wide>(pass, partials, rows, stats);
   for (int r = 0; r < rows; ++r) {
     RowStats& s = stats[r];
     const int64_t top = s.argmax;  // the block
