@@ -9,8 +9,8 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..cases import Case
 from ..jobs import Job
 
 
@@ -24,12 +24,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class Peer:
-    """`jobs` maps an operation (`loss`, `gradient`, `gradient in place`) to what makes the job for a case."""
+    """`jobs` maps an operation (`loss`, `gradient`, `gradient in place`, `linear`) to what makes the job for a case."""
 
     name: str
-    jobs: Mapping[str, Callable[[Case], Job]]
+    jobs: Mapping[str, Callable[[Any], Job]]  # from a Case, for `linear` from a LinearCase
     bounds: Mapping[str, Bound] = field(default_factory=dict)  # by dtype; none: the answer is not a loss
     slow: bool = False  # run in the first rounds only
+    once: bool = False  # so slow that the run whose answer is checked is the one that is timed
+    sampled: bool = False  # its gradient is a random one, with the right expectation
     order: int = 50  # place in tables
     apart: bool = False  # runs after the others: its threads stay busy for a while after its answer, and would slow them down
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..report import Section
 from ..settings import Settings
-from . import growth, large, memory, segmentation, small, statistics
+from . import growth, large, linear, memory, segmentation, small, statistics
 
 SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "loss": large.loss,
@@ -16,4 +16,5 @@ SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "small": small.measure,
     "memory": memory.measure,
     "growth": growth.measure,
+    "linear": linear.measure,
 }

@@ -1,0 +1,1 @@
+"""What the sections on linear cross-entropy share: cases, jobs, the check of their answers, plots."""
