@@ -35,7 +35,7 @@ def main() -> int:
         console.print(f"[yellow]peer {name} is not here: {reason}[/]")
     start = time.perf_counter()
     sections: dict[str, Section] = {}
-    for name in args.only or SECTIONS:
+    for name in _chosen(args.only):
         console.rule(name)
         sections[name] = SECTIONS[name](settings)
         for note in sections[name].notes:
@@ -51,10 +51,16 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--quick", action="store_true", help="an eighth of the size, 3 rounds: does everything work?")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
+    sections = f"{', '.join(SECTIONS)}; those that go on with `-` come along"
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="SECTION", help=sections)
     parser.add_argument("--vocab", nargs="+", type=int, help="numbers of classes of the large cases")
     parser.add_argument("--rounds", type=int, default=Settings.rounds, help="rounds of the large cases (default: %(default)s)")
     return parser.parse_args()
+
+
+def _chosen(only: list[str] | None) -> list[str]:
+    """All sections, or those asked for: `linear` brings `linear-memory` along."""
+    return [name for name in SECTIONS if only is None or any(f"{name}-".startswith(f"{wanted}-") for wanted in only)]
 
 
 def _write(description: dict[str, object], sections: dict[str, Section], folder: Path) -> Path:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import fastloss.torch
 
-from . import machine, plots
+from . import machine, plot_style
 from .report import console, print_rows
 
 ROWS, CLASSES, SCALE = 32, 128256, 1024.0
@@ -129,7 +129,7 @@ def draw(path: Path) -> Path:
     """Maximum (filled) and median (hollow) of each kind, one panel for each dtype and quantity."""
     result = json.loads(path.read_text())
     dtypes = list(dict.fromkeys(row["dtype"] for row in result["rows"]))
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(plot_style.STYLE):
         figure, grid = plt.subplots(2, len(dtypes), figsize=(3.3 * len(dtypes), 6), squeeze=False, sharex=True)
         for column, dtype in enumerate(dtypes):
             for line, what in enumerate(("loss", "gradient")):
@@ -141,7 +141,7 @@ def draw(path: Path) -> Path:
             axes.set_ylabel("relative error")
         grid[0, 0].legend(fontsize=8, loc="best")
         figure.suptitle(TITLE, x=0.01, ha="left")
-        plots.add_caption(figure, result["machine"])
+        plot_style.add_caption(figure, result["machine"])
         figure.tight_layout(rect=(0, 0.02, 1, 1))
         png = path.with_suffix(".png")
         figure.savefig(png)
@@ -155,7 +155,7 @@ def _dots(axes: Any, panel: list[Row], what: str) -> None:
         shown = [row for row in panel if row["peer"] == peer]
         x = [kinds.index(row["kind"]) + shift for row in shown]
         low, high = ([max(row[f"{what}_{end}"], 1e-20) for row in shown] for end in ("median", "max"))
-        colour = plots.COLOURS[peer]
+        colour = plot_style.COLOURS[peer]
         axes.vlines(x, low, high, color=colour, linewidth=1)
         axes.plot(x, high, marker, color=colour, label=peer)
         axes.plot(x, low, marker, color=colour, fillstyle="none")

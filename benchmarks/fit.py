@@ -11,12 +11,15 @@ OUT_OF_CACHE = 64e6  # bytes of logits from which time is a matter of memory, no
 
 
 def exponent(rows: Sequence[Mapping[str, Any]], peer: str, axis: str, from_bytes: float = OUT_OF_CACHE) -> float | None:
-    """Slope of log time over log size among the float32 cases of at least so many bytes; None for fewer than two."""
-    index = 0 if axis == "N" else 1
+    """Slope of log time over log size among the float32 cases of so many bytes of logits; None for fewer than two.
+
+    Shapes are (N, V), or (N, V, H) for linear losses.
+    """
+    index = "NVH".index(axis)
     points = [
         (math.log(row["shape"][index]), math.log(row["ms"]))
         for row in rows
-        if row["peer"] == peer and row["axis"] == axis and 4 * math.prod(row["shape"]) >= from_bytes
+        if row["peer"] == peer and row["axis"] == axis and 4 * math.prod(row["shape"][:2]) >= from_bytes
     ]
     if len(points) < 2:
         return None

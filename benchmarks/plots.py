@@ -6,44 +6,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .fit import exponent
+from .linear.plots import PLOTS as LINEAR_PLOTS
+from .plot_style import COLOURS, STYLE, Row, add_caption, bars, milliseconds
 
-Row = dict[str, Any]
-
-# Okabe and Ito's palette: told apart by colour-blind readers, and in grey by lightness.
-COLOURS = {
-    "fastloss": "#0072B2",
-    "fastloss in place": "#56B4E9",
-    "fastloss numpy": "#009E73",
-    "torch eager": "#D55E00",
-    "torch.compile": "#E69F00",
-    "optax (jax)": "#CC79A7",
-    "scipy log_softmax": "#F0E442",
-    "logits.clone()": "#999999",
-}
 STREAMS = ("stream read", "stream update")
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "figure.titlesize": 13,
-    "figure.titleweight": "bold",
-    "savefig.dpi": 160,
-    "legend.frameon": False,
-}
 
 
 def draw(path: Path) -> list[Path]:
@@ -61,35 +35,6 @@ def draw(path: Path) -> list[Path]:
             figure.savefig(written[-1])
             plt.close(figure)
     return written
-
-
-def add_caption(figure: Figure, machine: dict[str, Any]) -> None:
-    """The small print of a figure: what was measured where."""
-    versions = machine["versions"]
-    parts = [machine["cpu"], f"{machine['threads']} threads", machine.get("isa") or ""]
-    parts += [f"PyTorch {versions['torch']}", f"commit {machine['commit']}" if machine["commit"] else ""]
-    text = ", ".join(part for part in [*parts, machine["date"][:10]] if part)
-    figure.text(0.995, 0.003, text, ha="right", va="bottom", fontsize=7, color="#666666")
-
-
-def milliseconds(value: float) -> str:
-    """A time at the end of a bar."""
-    return f"{value:.0f} ms" if value >= 10 else f"{value:.2g} ms"
-
-
-def _bars(axes: Axes, rows: list[Row], label: Callable[[float], str], key: str) -> None:
-    """Horizontal bars, the label at the end of each."""
-    longest = max(max(row[key], row.get("ms_high", 0)) for row in rows)
-    for place, row in enumerate(rows):
-        low, high = row.get("ms_low"), row.get("ms_high")
-        error = [[row[key] - low], [high - row[key]]] if low is not None and key == "ms" else None
-        axes.barh(place, row[key], color=COLOURS.get(row["peer"], "#BBBBBB"), height=0.72, xerr=error, ecolor="#333333")
-        axes.text(max(row[key], high or 0) + 0.015 * longest, place, label(row[key]), va="center", fontsize=8.5)
-    axes.set_yticks(range(len(rows)), [row["peer"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.18 * longest)
-    axes.grid(axis="x")
-    axes.tick_params(axis="y", length=0)
 
 
 def _panels(rows: list[Row]) -> dict[tuple[str, int], list[Row]]:
@@ -111,7 +56,7 @@ def _large(rows: list[Row], what: str, peer: str, streams: tuple[str, ...]) -> F
     figure, grid = plt.subplots(*shape, figsize=(4.3 * columns + 1.2, height * len(dtypes) + 0.9), squeeze=False)
     speedups = []
     for axes, ((dtype, classes), panel) in zip(grid.flat, panels.items(), strict=True):
-        _bars(axes, panel, milliseconds, "ms")
+        bars(axes, panel, milliseconds, "ms")
         floor = [r["ms"] for r in rows if r["peer"] in streams and (r["dtype"], r["classes"]) == (dtype, classes)]
         if len(floor) == len(streams):
             axes.axvline(sum(floor), color="#000000", linestyle=(0, (4, 2)), linewidth=1, label="memory stream limit")
@@ -145,7 +90,7 @@ def _memory(rows: list[Row]) -> Figure:
     figure, grid = plt.subplots(1, len(dtypes), figsize=(5.0 * len(dtypes) + 0.8, 3.4), squeeze=False)
     for axes, dtype in zip(grid.flat, dtypes, strict=True):
         panel = [row for row in rows if row["dtype"] == dtype]
-        _bars(axes, panel, lambda mb: f"{mb / 1e3:.2f} GB" if mb >= 100 else f"{mb:.1f} MB", "peak_mb")
+        bars(axes, panel, lambda mb: f"{mb / 1e3:.2f} GB" if mb >= 100 else f"{mb:.1f} MB", "peak_mb")
         axes.axvline(panel[0]["logits_mb"], color="#000000", linestyle=(0, (4, 2)), linewidth=1, label="size of the logits")
         axes.legend(loc="lower right", fontsize=8)
         axes.set_title(f"{dtype}, {panel[0]['shape'][0]} rows x {panel[0]['shape'][1]:,} classes")
@@ -218,6 +163,7 @@ PLOTS: dict[str, Callable[[list[Row]], Figure]] = {
     "memory": _memory,
     "growth": _growth,
     "small": _small,
+    **LINEAR_PLOTS,
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..report import Section
 from ..settings import Settings
-from . import growth, large, linear, memory, segmentation, small, statistics
+from . import growth, large, linear, linear_growth, linear_memory, linear_threshold, memory, segmentation, small, statistics
 
 SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "loss": large.loss,
@@ -17,4 +17,7 @@ SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "memory": memory.measure,
     "growth": growth.measure,
     "linear": linear.measure,
+    "linear-memory": linear_memory.measure,
+    "linear-growth": linear_growth.measure,
+    "linear-threshold": linear_threshold.measure,
 }

@@ -25,7 +25,7 @@ def measure(settings: Settings) -> Section:
             operation = next((op for op in ("gradient", "gradient in place") if op in peer.jobs), None)
             if operation is None or dtype not in peer.bounds:
                 continue
-            found = _probe(name, operation, shape, dtype)
+            found = probe("benchmarks.memory_probe", name, operation, dtype, *map(str, shape))
             if found is not None:
                 section.rows.append({"peer": name, "dtype": dtype, "shape": list(shape)} | found)
     print_rows(
@@ -52,14 +52,15 @@ def measure(settings: Settings) -> Section:
     return section
 
 
-def _probe(peer: str, operation: str, shape: tuple[int, ...], dtype: str) -> dict[str, Any] | None:
-    command = [sys.executable, "-m", "benchmarks.memory_probe", peer, operation, dtype, *map(str, shape)]
+def probe(module: str, peer: str, *arguments: str) -> dict[str, Any] | None:
+    """What a probe prints as JSON; it has a process of its own. None where it fails or cannot do the case."""
     # Every large block is mapped on its own and goes back when freed: what the first run leaves behind hides nothing.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", module, peer, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     if done.returncode:
-        console.print(f"[red]memory of {peer}, {dtype}: {done.stderr.strip().splitlines()[-1:]}[/]")
+        console.print(f"[red]memory of {peer}, {arguments}: {done.stderr.strip().splitlines()[-1:]}[/]")
         return None
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result or None

@@ -1,0 +1,168 @@
+"""Pictures of linear cross-entropy: time, memory, growth, threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..fit import exponent
+from ..peers.linear import CHUNKED, EXACT, REFERENCE, SAMPLED
+from ..plot_style import COLOURS, Row, bars, milliseconds
+from .compare import ALL_PRODUCTS, FORWARD_PRODUCT, MARKS
+
+LINES = {ALL_PRODUCTS: (0, (4, 2)), FORWARD_PRODUCT: (0, (1, 2))}
+GRADIENTS, SUM = "#BBBBBB", "#DDDDDD"
+
+
+def _shape(row: Row) -> str:
+    tokens, classes, features = row["shape"]
+    return f"{tokens} tokens x {classes:,} classes x {features} features"
+
+
+def _time(rows: list[Row]) -> Figure:
+    """One panel for each head; the bare products are lines."""
+    panels: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        panels.setdefault((row["dtype"], *map(str, row["shape"])), []).append(row)
+    figure, grid = plt.subplots(len(panels), 1, figsize=(9, 2.1 * len(panels) + 0.9), squeeze=False)
+    speedups: dict[str, list[float]] = {EXACT: [], SAMPLED: []}
+    for axes, panel in zip(grid.flat, panels.values(), strict=True):
+        shown = [row for row in panel if row["peer"] not in MARKS]
+        bars(axes, shown, milliseconds, "ms")
+        times = {row["peer"]: row["ms"] for row in panel}
+        longest = max(row["ms"] for row in shown if row["peer"] != CHUNKED)
+        axes.set_xlim(0, 1.25 * longest)
+        for place, row in enumerate(shown):
+            if row["ms"] > 1.25 * longest:  # its bar goes on beyond the axis, its label must not
+                axes.texts[place].set_visible(False)
+                label = f"{row['ms'] / 1e3:.0f} s, beyond the axis"
+                axes.text(1.23 * longest, place, label, ha="right", va="center", fontsize=8.5)
+        for mark, style in LINES.items():
+            if mark in times:
+                axes.axvline(times[mark], color="#000000", linestyle=style, linewidth=1, label=f"{mark} alone")
+        for ours, found in speedups.items():
+            if ours in times and REFERENCE in times:
+                found.append(times[REFERENCE] / times[ours])
+        axes.set_title(f"{panel[0]['dtype']}, {_shape(panel[0])}")
+    grid[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, borderaxespad=0)
+    grid[-1, 0].set_xlabel("milliseconds for loss and both gradients, median (whiskers: quartiles)")
+    claims = [
+        f"{name.removeprefix('fastloss ')} {min(found):.1f} to {max(found):.1f} times"
+        for name, found in speedups.items()
+        if found
+    ]
+    claim = f": {', '.join(claims)} as fast as with stored logits" if claims else ""
+    figure.suptitle(f"Linear cross-entropy{claim}", x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    return figure
+
+
+def _memory(rows: list[Row]) -> Figure:
+    """Bars in parts: the gradients that were asked for, the float32 sum, and the rest."""
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.5 * len(rows)))
+    names = [row["peer"] for row in rows]
+    colours = [COLOURS[name] for name in names]
+    left = [0.0] * len(rows)
+    for key, colour, label in (
+        ("gradients_mb", GRADIENTS, "the gradients"),
+        ("accumulator_mb", SUM, "float32 sum of the gradient by the weights"),
+        ("extra_mb", colours, "everything else"),
+    ):
+        sizes = [row[key] / 1e3 for row in rows]
+        axes.barh(names, sizes, left=left, color=colour, height=0.66, label=label)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    for place, row in enumerate(rows):
+        extra = row["extra_mb"]
+        size = f"{extra / 1e3:.1f} GB" if extra >= 1000 else f"{extra:.0f} MB"
+        axes.text(
+            left[place] + 0.01 * max(left), place, f"{left[place]:.2f} GB, {size} of it in colour", va="center", fontsize=8.5
+        )
+    logits = rows[0]["logits_mb"] / 1e3
+    axes.axvline(logits, color="#000000", linestyle=(0, (4, 2)), linewidth=1, label=f"the logits: {logits:.1f} GB")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.4 * max(left))
+    axes.set_xlabel("GB at the peak, beyond hidden states and weights")
+    axes.set_title(f"{rows[0]['dtype']}, {_shape(rows[0])}")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.legend(loc="lower right", fontsize=8)
+    extras = [row["extra_mb"] for row in rows if row["peer"] in (EXACT, SAMPLED)]
+    claim = f": at most {max(extras):.0f} MB beside the gradients and their sum" if extras else ""
+    figure.suptitle(f"Peak memory of linear cross-entropy{claim}", x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    return figure
+
+
+def _growth(rows: list[Row]) -> Figure:
+    figure, grid = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
+    for axes, (axis, name) in zip(grid, (("N", "tokens N"), ("V", "classes V"), ("H", "features H")), strict=True):
+        index = "NVH".index(axis)
+        for peer in (EXACT, SAMPLED):
+            points = [(row["shape"][index], row["ms"]) for row in rows if (row["peer"], row["axis"]) == (peer, axis)]
+            slope = exponent(rows, peer, axis, 0)
+            label = f"{peer}: {axis}^{slope:.2f}"
+            axes.loglog(*zip(*points, strict=True), "o-", color=COLOURS[peer], label=label, markersize=5)
+            guide = [(size, points[-1][1] * size / points[-1][0]) for size, _ in (points[0], points[-1])]
+            axes.loglog(*zip(*guide, strict=True), color="#000000", linestyle=(0, (1, 2)), linewidth=1)
+        shape = next(row["shape"] for row in rows if row["axis"] == axis)
+        others = ", ".join(f"{letter} = {size:,}" for letter, size in zip("NVH", shape, strict=True) if letter != axis)
+        axes.set_title(others)
+        axes.set_xlabel(name)
+        axes.grid(which="major")
+        axes.legend()
+    grid[0].set_ylabel("milliseconds, loss and both gradients")
+    figure.suptitle("Linear in tokens, classes and features (float32; dotted: proportional)", x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    return figure
+
+
+def _threshold(rows: list[Row]) -> Figure:
+    """Time, entries and variance over the threshold."""
+    figure, (time, entries, variance) = plt.subplots(1, 3, figsize=(12, 4))
+    sweep = [row for row in rows if "threshold" in row]
+    x = [row["threshold"] for row in sweep]
+    colour = COLOURS[SAMPLED]
+    time.plot(x, [row["ms"] for row in sweep], "o-", color=colour)
+    marks = {row["peer"]: row["ms"] for row in rows if "threshold" not in row}
+    for name, label, style in ((EXACT, "exact backward", "-"), (FORWARD_PRODUCT, FORWARD_PRODUCT, LINES[FORWARD_PRODUCT])):
+        time.axhline(marks[name], color="#000000", linestyle=style, linewidth=1, label=label)
+    time.set_ylim(0, 1.15 * max(marks.values()))
+    time.set_ylabel("milliseconds, loss and both gradients")
+    time.legend(loc="center right", fontsize=8.5)
+    _log_curve(entries, x, [row["entries"] for row in sweep], colour)
+    _guide(entries, x, [1 / threshold for threshold in x], "1 / threshold")
+    entries.set_ylabel("entries kept of a token's gradient")
+    _log_curve(variance, x, [row["variance_hidden"] for row in sweep], colour, "by hidden states")
+    _log_curve(variance, x, [row["variance_weight"] for row in sweep], COLOURS[EXACT], "by weights", "x--")
+    last = sweep[-1]
+    _guide(variance, x, [last["variance_hidden"] * t / last["threshold"] for t in x], "proportional to threshold")
+    variance.set_ylabel("variance, relative to the square of the gradient")
+    for axes in (time, entries, variance):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(x[::2])
+        axes.set_xlabel("threshold")
+        axes.grid()
+    figure.suptitle(f"The sampled backward: {_shape(rows[0])}, float32", x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    return figure
+
+
+def _log_curve(axes: Axes, x: list[float], y: list[float], colour: str, label: str = "", marker: str = "o-") -> None:
+    axes.plot(x, y, marker, color=colour, label=label)
+    axes.set_yscale("log")
+
+
+def _guide(axes: Axes, x: list[float], y: list[float], label: str) -> None:
+    axes.plot(x, y, color="#000000", linestyle=(0, (1, 2)), linewidth=1, label=label)
+    axes.legend(fontsize=8.5)
+
+
+PLOTS: dict[str, Callable[[list[Row]], Figure]] = {
+    "linear": _time,
+    "linear-memory": _memory,
+    "linear-growth": _growth,
+    "linear-threshold": _threshold,
+}
