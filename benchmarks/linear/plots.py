@@ -31,15 +31,11 @@ def _time(rows: list[Row]) -> Figure:
     speedups: dict[str, list[float]] = {EXACT: [], SAMPLED: []}
     for axes, panel in zip(grid.flat, panels.values(), strict=True):
         shown = [row for row in panel if row["peer"] not in MARKS]
-        bars(axes, shown, milliseconds, "ms")
+        cut = 1.25 * max(row["ms"] for row in shown if row["peer"] != CHUNKED)
+        beyond = [row["ms"] for row in shown if row["ms"] > cut]
+        shown = [{"peer": row["peer"], "ms": cut} if row["ms"] > cut else row for row in shown]
+        bars(axes, shown, lambda ms, cut=cut, beyond=beyond: seconds(beyond) if ms == cut else milliseconds(ms), "ms")
         times = {row["peer"]: row["ms"] for row in panel}
-        longest = max(row["ms"] for row in shown if row["peer"] != CHUNKED)
-        axes.set_xlim(0, 1.25 * longest)
-        for place, row in enumerate(shown):
-            if row["ms"] > 1.25 * longest:  # its bar goes on beyond the axis, its label must not
-                axes.texts[place].set_visible(False)
-                label = f"{row['ms'] / 1e3:.0f} s, beyond the axis"
-                axes.text(1.23 * longest, place, label, ha="right", va="center", fontsize=8.5)
         for mark, style in LINES.items():
             if mark in times:
                 axes.axvline(times[mark], color="#000000", linestyle=style, linewidth=1, label=f"{mark} alone")
@@ -47,22 +43,24 @@ def _time(rows: list[Row]) -> Figure:
             if ours in times and REFERENCE in times:
                 found.append(times[REFERENCE] / times[ours])
         axes.set_title(f"{panel[0]['dtype']}, {_shape(panel[0])}")
-    grid[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, borderaxespad=0)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="lower left", ncols=2, fontsize=8.5)
     grid[-1, 0].set_xlabel("milliseconds for loss and both gradients, median (whiskers: quartiles)")
-    claims = [
-        f"{name.removeprefix('fastloss ')} {min(found):.1f} to {max(found):.1f} times"
-        for name, found in speedups.items()
-        if found
-    ]
-    claim = f": {', '.join(claims)} as fast as with stored logits" if claims else ""
-    figure.suptitle(f"Linear cross-entropy{claim}", x=0.01, ha="left")
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    claims = [f"{name.split()[-1]} {min(found):.1f} to {max(found):.1f}" for name, found in speedups.items() if found]
+    figure.suptitle(
+        f"Times as fast as with stored logits: {', '.join(claims)}" if claims else "Linear cross-entropy", x=0.01, ha="left"
+    )
+    figure.tight_layout(rect=(0, 0.035, 1, 1))
     return figure
+
+
+def seconds(beyond: list[float]) -> str:
+    """The label of a bar that goes on beyond the axis."""
+    return ", ".join(f"{ms / 1e3:.0f} s" for ms in beyond) + " (cut)"
 
 
 def _memory(rows: list[Row]) -> Figure:
     """Bars in parts: the gradients that were asked for, the float32 sum, and the rest."""
-    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.5 * len(rows)))
+    figure, axes = plt.subplots(figsize=(9, 1.9 + 0.5 * len(rows)))
     names = [row["peer"] for row in rows]
     colours = [COLOURS[name] for name in names]
     left = [0.0] * len(rows)
@@ -88,11 +86,11 @@ def _memory(rows: list[Row]) -> Figure:
     axes.set_title(f"{rows[0]['dtype']}, {_shape(rows[0])}")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0, 0.04), ncols=4, fontsize=8)
     extras = [row["extra_mb"] for row in rows if row["peer"] in (EXACT, SAMPLED)]
-    claim = f": at most {max(extras):.0f} MB beside the gradients and their sum" if extras else ""
-    figure.suptitle(f"Peak memory of linear cross-entropy{claim}", x=0.01, ha="left")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    claim = f": {max(extras):.0f} MB beside the gradients and their sum" if extras else ""
+    figure.suptitle(f"Peak memory{claim}", x=0.01, ha="left")
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     return figure
 
 
@@ -111,6 +109,9 @@ def _growth(rows: list[Row]) -> Figure:
         others = ", ".join(f"{letter} = {size:,}" for letter, size in zip("NVH", shape, strict=True) if letter != axis)
         axes.set_title(others)
         axes.set_xlabel(name)
+        sizes = sorted({row["shape"][index] for row in rows if row["axis"] == axis})
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
         axes.grid(which="major")
         axes.legend()
     grid[0].set_ylabel("milliseconds, loss and both gradients")
@@ -139,7 +140,7 @@ def _threshold(rows: list[Row]) -> Figure:
     _log_curve(variance, x, [row["variance_weight"] for row in sweep], COLOURS[EXACT], "by weights", "x--")
     last = sweep[-1]
     _guide(variance, x, [last["variance_hidden"] * t / last["threshold"] for t in x], "proportional to threshold")
-    variance.set_ylabel("variance, relative to the square of the gradient")
+    variance.set_ylabel("variance of a gradient / its square")
     for axes in (time, entries, variance):
         axes.set_xscale("log", base=2)
         axes.set_xticks(x[::2])
