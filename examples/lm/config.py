@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes that let three losses finish within five minutes on two cores."""
+    """Sizes that let five losses finish within five minutes on two cores."""
 
     steps: int = field(default=100, metadata={"help": "optimiser steps"})
     batch: int = field(default=4, metadata={"help": "sequences in a batch"})
@@ -20,6 +20,7 @@ class Config:
     seed: int = field(default=0, metadata={"help": "of the weights and of the batches"})
     text_mb: float = field(default=4.0, metadata={"help": "megabytes of text"})
     dtype: str = field(default="float32", metadata={"help": "of the logits: float32 or bfloat16"})
+    threshold: float = field(default=1 / 64, metadata={"help": "of the sampled backward, for the loss linear-sampled"})
 
     @property
     def tokens(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .config import Config
 from .stopwatch import Stopwatch
 
 LogitsLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -25,13 +26,14 @@ class Loss:
     name: str
     title: str
     colour: str  # Okabe and Ito's palette
-    make: Callable[[], HeadLoss]
+    make: Callable[[Config], HeadLoss]
+    sampled: bool = False  # its gradients are random ones, with the right expectation
 
 
-def on_logits(make: Callable[[], LogitsLoss]) -> Callable[[], HeadLoss]:
+def on_logits(make: Callable[[], LogitsLoss]) -> Callable[[Config], HeadLoss]:
     """A head loss from one that takes logits: a matmul, then the loss, which alone is timed."""
 
-    def make_head_loss() -> HeadLoss:
+    def make_head_loss(config: Config) -> HeadLoss:
         function = make()
 
         def head_loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, stopwatch: Stopwatch) -> torch.Tensor:
@@ -61,11 +63,25 @@ def _fastloss() -> LogitsLoss:
     return lambda logits, target: fastloss.torch.cross_entropy(logits, target, inplace=True)
 
 
+def _linear(backward: str) -> Callable[[Config], HeadLoss]:
+    def make(config: Config) -> HeadLoss:
+        import fastloss.torch
+
+        def head_loss(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, stopwatch: Stopwatch) -> torch.Tensor:
+            return fastloss.torch.linear_cross_entropy(hidden, weight, target, backward=backward, threshold=config.threshold)
+
+        return head_loss
+
+    return make
+
+
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
         Loss("eager", "F.cross_entropy", "#D55E00", on_logits(_eager)),
         Loss("compile", "F.cross_entropy under torch.compile", "#E69F00", on_logits(_compile)),
         Loss("fastloss", "fastloss.torch.cross_entropy(inplace=True)", "#0072B2", on_logits(_fastloss)),
+        Loss("linear", "fastloss.torch.linear_cross_entropy", "#009E73", _linear("exact")),
+        Loss("linear-sampled", 'the same, backward="sampled"', "#CC79A7", _linear("sampled"), sampled=True),
     )
 }

@@ -30,7 +30,7 @@ def train(name: str, config: Config, out: Path) -> None:
     model = LanguageModel(corpus.classes, config.width, config.layers, config.context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config.steps))
-    loss_function = LOSSES[name].make()
+    loss_function = LOSSES[name].make(config)
     dtype = getattr(torch, config.dtype)
 
     losses: list[float] = []
@@ -40,7 +40,7 @@ def train(name: str, config: Config, out: Path) -> None:
     standing = 0
     figures = TextColumn("{task.fields[figures]}")
     with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), figures) as progress:
-        task = progress.add_task(f"{name:9s}", total=config.steps, figures="compiling" if name == "compile" else "")
+        task = progress.add_task(f"{name:14s}", total=config.steps, figures="compiling" if name == "compile" else "")
         for step in range(config.steps):
             if step == warm_up:
                 standing = memory.resident()
@@ -63,6 +63,7 @@ def train(name: str, config: Config, out: Path) -> None:
     result = {
         "loss": name,
         "title": LOSSES[name].title,
+        "sampled": LOSSES[name].sampled,
         "classes": corpus.classes,
         "tokens": config.tokens,
         "dtype": config.dtype,
