@@ -57,8 +57,8 @@ def _plot_curves(results: list[Result], path: Path) -> Path:
         axes.grid()
     exact = [difference(results[0], r) for r in results[1:] if not r["sampled"]]
     sampled = [r["validation_loss"] - results[0]["validation_loss"] for r in results if r["sampled"]]
-    claims = [f"exact losses differ by at most {max(exact):.0e}"] if exact else []
-    claims += [f"sampled ends at {gap:+.3f}" for gap in sampled]
+    claims = [f"exact losses within {max(exact):.0e}"] if exact else []
+    claims += [f"sampled ends {gap:+.3f}" for gap in sampled]
     figure.suptitle(f"The same training: {', '.join(claims) or results[0]['loss']}", x=0.01, ha="left")
     figure.tight_layout()
     figure.savefig(path)
@@ -68,7 +68,7 @@ def _plot_curves(results: list[Result], path: Path) -> Path:
 
 def _plot_costs(results: list[Result], path: Path) -> Path:
     """Time of a step in its parts, and memory in its parts."""
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(10.5, 1.8 + 0.62 * len(results)), sharey=True)
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(11.5, 1.8 + 0.62 * len(results)), sharey=True)
     names = [r["loss"] for r in results]
     colours = [LOSSES[name].colour for name in names]
     loss = [1e3 * (r["loss_seconds"] or r["head_seconds"]) for r in results]
@@ -78,7 +78,7 @@ def _plot_costs(results: list[Result], path: Path) -> Path:
         time,
         names,
         [
-            (loss, colours, "loss and its gradient; linear: with the head"),
+            (loss, colours, "loss (linear: head and loss)"),
             (head, HEAD, "head: matmuls"),
             (rest, REST, "model, optimiser"),
         ],
@@ -132,4 +132,4 @@ def _stack(axes: Axes, names: list[str], parts: list[tuple[list[float], Any, str
     if not axes.yaxis_inverted():  # the panels share it
         axes.invert_yaxis()
     below = offset_copy(axes.transAxes, axes.figure, y=-0.5, units="inches")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=len(parts), fontsize=8.5)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=len(parts), fontsize=8, columnspacing=1.2)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import fastloss
+
 from . import memory
 from .config import Config
 from .data import Corpus
@@ -43,6 +45,7 @@ def train(name: str, config: Config, out: Path) -> None:
         task = progress.add_task(f"{name:14s}", total=config.steps, figures="compiling" if name == "compile" else "")
         for step in range(config.steps):
             if step == warm_up:
+                fastloss.release_memory()  # what it keeps for the next gradient belongs to the steps
                 standing = memory.resident()
                 memory.reset_peak()
             ids, target = corpus.batch(config.batch, config.context)
