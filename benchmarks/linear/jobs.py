@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 
 from fastloss._chunks import slices
-from fastloss.torch.matmul import _PRODUCTS
+from fastloss.torch.matmul import _PRODUCTS, weight_product
 
 from ..jobs import Job
 from .case import LinearCase
 
 HeadLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 ROLES = ("logits", "hidden", "weight")
+INTO_FLOAT32 = "blocks, into float32"
 
 
 class LossAndGradients(Job):
@@ -44,6 +45,7 @@ class Buffers:
     def __init__(self, case: LinearCase) -> None:
         self.logits = torch.full((case.tokens, case.classes), 1e-3, dtype=case.hidden.dtype)
         self.by_hidden, self.by_weight = torch.zeros_like(case.hidden), torch.zeros_like(case.weight)
+        self.sum = torch.zeros_like(case.weight, dtype=torch.float32)
 
 
 class Product(Job):
@@ -51,28 +53,33 @@ class Product(Job):
 
     def __init__(self, case: LinearCase, buffers: Buffers, role: str, library: str, tokens: int) -> None:
         self.case, self.buffers, self.role, self.tokens = case, buffers, role, tokens
-        self.product = _PRODUCTS[role][library]
+        self.by_weight = buffers.by_weight if library in _PRODUCTS[role] else buffers.sum
+        self.product = _PRODUCTS[role].get(library, weight_product)
 
     def run(self) -> None:
         hidden, weight, room = self.case.hidden, self.case.weight, self.buffers
         for part in slices(len(hidden), self.tokens):
-            logits = room.logits[: part.stop - part.start] if self.tokens < len(hidden) else room.logits
+            logits = room.logits[: part.stop - part.start]
             if self.role == "logits":
                 self.product(hidden[part], weight, None, logits)
             elif self.role == "hidden":
                 self.product(logits, weight, room.by_hidden[part])
             else:
-                self.product(logits, hidden[part], room.by_weight, False)
+                self.product(logits, hidden[part], self.by_weight, False)
 
 
 def products(case: LinearCase) -> dict[tuple[str, str, int], Job]:
-    """Each product by each library for this dtype, with all tokens at once and with as many as fastloss takes."""
-    libraries = ("blas", "onednn") if case.dtype == "float32" and torch.backends.mkldnn.is_available() else ("blas",)
+    """Each product by each library for this dtype, with all tokens at once and with as many as fastloss takes.
+
+    Those of bfloat16 are PyTorch's own; that by which fastloss makes the gradient by the weights, in float32, comes along.
+    """
+    libraries = dict.fromkeys(ROLES, ("blas", "onednn") if case.dtype == "float32" else ("blas",))
+    if case.dtype != "float32":
+        libraries["weight"] = ("blas", INTO_FLOAT32)
     buffers = Buffers(case)
-    sizes = sorted({case.tokens, case.chunk})
     return {
         (role, library, size): Product(case, buffers, role, library, size)
         for role in ROLES
-        for library in libraries
-        for size in sizes
+        for library in libraries[role]
+        for size in sorted({case.tokens, case.chunk})
     }

@@ -55,9 +55,8 @@ def measure(settings: Settings) -> Section:
 
 
 def _row(case: LinearCase, peer: str) -> dict[str, Any]:
-    """With the size of what a 16-bit gradient by the weights is summed in, where there are several chunks."""
-    summed = peer == EXACT and case.tokens > case.chunk
-    accumulator_mb = 4 * case.classes * case.features / 1e6 if summed else 0.0
+    """With the size of what the exact backward sums a 16-bit gradient by the weights in."""
+    accumulator_mb = 4 * case.classes * case.features / 1e6 if peer == EXACT else 0.0
     return {
         "peer": peer,
         "dtype": case.dtype,
