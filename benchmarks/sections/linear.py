@@ -14,7 +14,7 @@ from ..peers.linear import CHUNKED, EXACT, OPERATION, REFERENCE, SAMPLED
 from ..report import Goal, Section
 from ..settings import Settings
 
-ROUNDS = 5  # at most: a round takes up to 15 seconds
+ROUNDS = 4  # at most: a round takes up to 15 seconds
 CHUNKED_AT = 128256  # it takes half a minute a call
 
 

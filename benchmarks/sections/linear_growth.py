@@ -19,7 +19,7 @@ SIZES = {
     "V": (8000, 16000, 32000, 64000, 128000),
     "H": (512, 1024, 2048, 4096),  # with fewer features what each logit costs by itself would bend the line
 }
-ROUNDS = 5
+ROUNDS = 3
 TOLERANCE = 0.1
 
 
