@@ -24,7 +24,7 @@ PIP_FASTLOSS := $(PIP) --no-build-isolation --config-settings=build-dir=$(BUILD)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # one .venv, one pip at a time
-.PHONY: help demo test bench lint asan neon wheel clean distclean
+.PHONY: help demo test bench training lint asan neon wheel clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(STAMP)/test  ## run all tests, and the examples in the docstrings
 
 bench: $(STAMP)/bench  ## compare with PyTorch, torch.compile, SciPy, optax: tables, JSON, plots
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+training: $(STAMP)/bench $(STAMP)/demo  ## train with exact, sampled and dropped gradients: table, JSON, plot
+	$(PY) -m benchmarks.sampled_training
 
 # ---- set-up ----------------------------------------------------------------------------------------------------------
 

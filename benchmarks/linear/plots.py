@@ -75,9 +75,9 @@ def _memory(rows: list[Row]) -> Figure:
     for place, row in enumerate(rows):
         extra = row["extra_mb"]
         size = f"{extra / 1e3:.1f} GB" if extra >= 1000 else f"{extra:.0f} MB"
-        axes.text(
-            left[place] + 0.01 * max(left), place, f"{left[place]:.2f} GB, {size} of it in colour", va="center", fontsize=8.5
-        )
+        text = f"{left[place]:.2f} GB, {size} of it in colour"
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the line of the logits passes behind
+        axes.text(left[place] + 0.01 * max(left), place, text, va="center", fontsize=8.5, bbox=box)
     logits = rows[0]["logits_mb"] / 1e3
     axes.axvline(logits, color="#000000", linestyle=(0, (4, 2)), linewidth=1, label=f"the logits: {logits:.1f} GB")
     axes.invert_yaxis()
