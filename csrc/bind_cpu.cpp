@@ -5,120 +5,16 @@
 
 #include <array>
 #include <optional>
-#include <stdexcept>
 #include <string>
 
 #include "bandwidth.hpp"
+#include "bind.hpp"
 #include "cross_entropy.hpp"
 #include "dispatch.hpp"
 #include "linear.hpp"
 #include "parallel.hpp"
 #include "recycled.hpp"
 #include "stats.hpp"
-
-namespace py = pybind11;
-using namespace fastloss;
-
-namespace {
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Something has to stand where an empty array has no memory at all: a Tensor and Targets are there when their pointers are.
-int64_t nothing;
-
-int64_t integer(PyObject* number) {
-  const int64_t value = PyLong_AsLongLong(number);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-Dtype dtype(PyObject* code) {
-  const int64_t value = integer(code);
-  if (value < kF32 || value > kBF16) throw std::invalid_argument("unknown dtype code " + std::to_string(value));
-  return static_cast<Dtype>(value);
-}
-
-double real(PyObject* number) {
-  const double value = PyFloat_AsDouble(number);
-  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-// The items of a tuple, checked by their number alone: Python has built it.
-template <size_t kItems>
-bool unpack(py::handle tuple, std::array<PyObject*, kItems>& items) {
-  if (!PyTuple_Check(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) != kItems) return false;
-  for (size_t i = 0; i < kItems; ++i) items[i] = PyTuple_GET_ITEM(tuple.ptr(), i);
-  return true;
-}
-
-bool unpack(PyObject* tuple, std::vector<int64_t>& out) {
-  if (!PyTuple_Check(tuple)) return false;
-  out.resize(PyTuple_GET_SIZE(tuple));
-  for (size_t i = 0; i < out.size(); ++i) out[i] = integer(PyTuple_GET_ITEM(tuple, i));
-  return true;
-}
-
-}  // namespace
-
-// Tuples become structures here: what pybind11 has for nested tuples takes longer than the kernel of a small loss.
-namespace pybind11::detail {
-
-template <>
-struct type_caster<Tensor> {  // (pointer, dtype, shape, strides in elements, class axis), or None
-  PYBIND11_TYPE_CASTER(Tensor, const_name("Tensor"));
-  bool load(handle source, bool) {
-    std::array<PyObject*, 5> item;
-    if (source.is_none()) return true;
-    if (!unpack(source, item) || !unpack(item[2], value.shape) || !unpack(item[3], value.strides)) return false;
-    value.data = pointer<char>(integer(item[0]));
-    if (!value.data) value.data = reinterpret_cast<char*>(&nothing);
-    value.dtype = dtype(item[1]);
-    value.axis = static_cast<int>(integer(item[4]));
-    return true;
-  }
-};
-
-template <>
-struct type_caster<Targets> {  // (pointer, itemsize), or None
-  PYBIND11_TYPE_CASTER(Targets, const_name("Targets"));
-  bool load(handle source, bool) {
-    std::array<PyObject*, 2> item;
-    if (source.is_none()) return true;
-    if (!unpack(source, item)) return false;
-    value.data = pointer(integer(item[0]));
-    if (!value.data) value.data = &nothing;
-    value.itemsize = static_cast<int>(integer(item[1]));
-    return true;
-  }
-};
-
-template <>
-struct type_caster<Transform> {  // (temperature, softcap, bias pointer)
-  PYBIND11_TYPE_CASTER(Transform, const_name("Transform"));
-  bool load(handle source, bool) {
-    std::array<PyObject*, 3> item;
-    if (!unpack(source, item)) return false;
-    value = {1.0 / real(item[0]), real(item[1]), pointer<const void>(integer(item[2]))};
-    return true;
-  }
-};
-
-template <>
-struct type_caster<Upstream> {  // (pointer, dtype, step)
-  PYBIND11_TYPE_CASTER(Upstream, const_name("Upstream"));
-  bool load(handle source, bool) {
-    std::array<PyObject*, 3> item;
-    if (!unpack(source, item)) return false;
-    value = {pointer<const void>(integer(item[0])), dtype(item[1]), integer(item[2])};
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail
 
 namespace {
 

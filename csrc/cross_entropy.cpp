@@ -4,6 +4,7 @@
 #include <limits>
 #include <memory>
 
+#include "layout.hpp"
 #include "numerics.hpp"
 
 namespace fastloss {

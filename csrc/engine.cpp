@@ -8,6 +8,7 @@
 #include <string>
 
 #include "dispatch.hpp"
+#include "layout.hpp"
 #include "parallel.hpp"
 #include "sampled.hpp"
 
@@ -21,54 +22,6 @@ constexpr int64_t kStreamBytes = int64_t{1} << 25;  // a gradient from here on w
 // Neighbouring rows of a tile with its classes far apart: half a run reads memory slower, twice a run spills out of L2.
 constexpr int64_t kRunBytes = kTileRows * 2;
 constexpr int kTasksPerThread = 4;  // fewer tiles than that a thread: split within the rows
-
-// The axes of the rows of several tensors at once, those that lie behind each other in all of them merged into one.
-class RowLayout {
- public:
-  explicit RowLayout(std::vector<const Tensor*> tensors) : tensors_(std::move(tensors)) {
-    const Tensor& first = *tensors_.front();
-    for (size_t d = 0; d < first.shape.size(); ++d) {
-      if (static_cast<int>(d) == first.axis || first.shape[d] == 1) continue;
-      std::vector<int64_t> strides;
-      for (const Tensor* tensor : tensors_) strides.push_back(tensor->strides[d]);
-      if (!extents_.empty() && merges(strides, first.shape[d])) {
-        extents_.back() *= first.shape[d];
-        strides_.back() = strides;
-      } else {
-        extents_.push_back(first.shape[d]);
-        strides_.push_back(strides);
-      }
-    }
-    if (extents_.empty()) {
-      extents_.push_back(1);
-      strides_.emplace_back(tensors_.size(), 0);
-    }
-  }
-
-  int64_t inner() const { return extents_.back(); }
-
-  Tile tile(size_t tensor, int64_t row) const {
-    const Tensor& t = *tensors_[tensor];
-    int64_t offset = 0;
-    for (size_t d = extents_.size(); d-- > 0;) {
-      offset += row % extents_[d] * strides_[d][tensor];
-      row /= extents_[d];
-    }
-    return {t.data + offset * itemsize_of(t.dtype), t.dtype, strides_.back()[tensor], t.strides[t.axis]};
-  }
-
- private:
-  bool merges(const std::vector<int64_t>& strides, int64_t extent) const {
-    for (size_t i = 0; i < strides.size(); ++i) {
-      if (strides_.back()[i] != strides[i] * extent) return false;
-    }
-    return true;
-  }
-
-  std::vector<const Tensor*> tensors_;
-  std::vector<int64_t> extents_;
-  std::vector<std::vector<int64_t>> strides_;  // [axis][tensor]
-};
 
 const RowKernels& kernels_for(Dtype dtype) { return dtype == kF64 ? kernels().f64 : kernels().f32; }
 
@@ -288,14 +241,6 @@ class Run {
 };
 
 }  // namespace
-
-int64_t row_count(const Tensor& tensor) {
-  int64_t rows = 1;
-  for (size_t d = 0; d < tensor.shape.size(); ++d) {
-    if (static_cast<int>(d) != tensor.axis) rows *= tensor.shape[d];
-  }
-  return rows;
-}
 
 void Sweep::run() {
   const int64_t rows = row_count(logits);

@@ -63,8 +63,6 @@ struct Sweep {
   void run();
 };
 
-int64_t row_count(const Tensor& tensor);
-
 inline int64_t itemsize_of(Dtype dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
 
 // Writes scale_i w_j (L_i - z_ij) for all rows; `row` gives max, rest and the scale.

@@ -28,7 +28,7 @@ struct GradientFormula {
             c = O::per_row(t.c), d = O::per_row(t.d), e = O::per_row(t.e), plain = O::per_row(t.plain),
             plain_a = V::mul(a, inv_sum);
 
-  Reg at(const typename V::T* z, int i) const {
+  FASTLOSS_HD Reg at(const typename V::T* z, int i) const {
     const auto x = clamp_exponent<V>(V::sub(load_at<O>(z, i), ref));
     const auto power = exp_clamped<V>(x);
     const auto plain_g = V::fma(power, plain_a, d);
@@ -77,14 +77,16 @@ inline void gradient_panel(const GradientTerms<O>& terms, const typename O::T* z
 }
 
 // Ids that occur again in a row add up at their first place.
-inline bool occurs_before(const int64_t* id, int i) {
+template <class Ids>
+FASTLOSS_HD inline bool occurs_before(const Ids& id, int i) {
   for (int j = 0; j < i; ++j) {
     if (id[j] == id[i]) return true;
   }
   return false;
 }
 
-inline double one_hot(const int64_t* id, const double* g, int k, int i) {
+template <class Ids, class Upstreams>
+FASTLOSS_HD inline double one_hot(const Ids& id, const Upstreams& g, int k, int i) {
   double sum = 0.0;
   for (int j = i; j < k; ++j) {
     if (id[j] == id[i]) sum += g[j];
@@ -97,7 +99,22 @@ inline double one_hot(const int64_t* id, const double* g, int k, int i) {
 template <class V>
 class TargetGradients {
  public:
+  using Reg = typename V::Reg;
+
   // `z` is the logit of the target, `slope` dz/dx there.
+  FASTLOSS_HD static Reg gradient(Reg z, Reg max, Reg rest, Reg a, Reg b, Reg c, Reg weighted_d, Reg slope, Reg one_hot) {
+    const auto one = V::set(1), half = V::set(0.5);
+    const auto x = clamp_exponent<V>(V::sub(z, finite_references<V>(max)));
+    const auto e = exp_clamped<V>(x);
+    const auto sum = V::add(one, rest);
+    const auto p = V::div(e, sum);
+    const auto one_minus_p = V::div(V::add(rest, V::sub(one, e)), sum);
+    const auto confident = V::sub(V::sub(a, one_hot), V::mul(a, one_minus_p));
+    const auto hit = V::select_greater(p, half, confident, V::sub(V::mul(a, p), one_hot));
+    const auto curved = V::mul(p, V::add(V::mul(b, x), V::mul(c, p)));
+    return V::mul(V::add(V::add(hit, curved), weighted_d), slope);
+  }
+
   void add(const GradientRow& c, double z, double weight, double slope, double one_hot, double* out) {
     const double numbers[kFields] = {z, c.max, c.rest, c.a, c.b, c.c, weight * c.d, slope, one_hot};
     for (int f = 0; f < kFields; ++f) field_[f][count_] = numbers[f];
@@ -120,21 +137,6 @@ class TargetGradients {
   }
 
  private:
-  using Reg = typename V::Reg;
-
-  static Reg gradient(Reg z, Reg max, Reg rest, Reg a, Reg b, Reg c, Reg weighted_d, Reg slope, Reg one_hot) {
-    const auto one = V::set(1), half = V::set(0.5);
-    const auto x = clamp_exponent<V>(V::sub(z, finite_references<V>(max)));
-    const auto e = exp_clamped<V>(x);
-    const auto sum = V::add(one, rest);
-    const auto p = V::div(e, sum);
-    const auto one_minus_p = V::div(V::add(rest, V::sub(one, e)), sum);
-    const auto confident = V::sub(V::sub(a, one_hot), V::mul(a, one_minus_p));
-    const auto hit = V::select_greater(p, half, confident, V::sub(V::mul(a, p), one_hot));
-    const auto curved = V::mul(p, V::add(V::mul(b, x), V::mul(c, p)));
-    return V::mul(V::add(V::add(hit, curved), weighted_d), slope);
-  }
-
   static constexpr int kFields = 9;
   static constexpr int kRoom = 64;
   double field_[kFields][kRoom];
@@ -142,23 +144,29 @@ class TargetGradients {
   int count_ = 0;
 };
 
+// `slope` is dz/dx, where that is the same for all classes.
+template <class O>
+FASTLOSS_HD inline void set_row(GradientTerms<O>& terms, int r, const GradientRow& c, double slope) {
+  using A = typename O::T;
+  terms.ref[r] = finite_reference(static_cast<A>(c.max));
+  terms.inv_sum[r] = static_cast<A>(1.0 / (1.0 + c.rest));
+  terms.a[r] = static_cast<A>(c.a * slope);
+  terms.b[r] = static_cast<A>(c.b * slope);
+  terms.c[r] = static_cast<A>(c.c * slope);
+  terms.d[r] = static_cast<A>(c.d * slope);
+  terms.e[r] = static_cast<A>(c.e * slope);
+}
+
 // The terms of the rows of one panel; whether all of them are plain.
 template <class O>
 inline bool set_terms(const Pass& pass, const GradientRow* rows, int count, GradientTerms<O>& terms) {
-  using A = typename O::T;
   const double slope = terms.derivative ? 1.0 : pass.transform.inv_temperature;
   bool all_plain = true;
   for (int r = 0; r < count; ++r) {
     const GradientRow& c = rows[r];
     terms.plain[r] = 1;
     if (c.zero) continue;
-    terms.ref[r] = finite_reference(static_cast<A>(c.max));
-    terms.inv_sum[r] = static_cast<A>(1.0 / (1.0 + c.rest));
-    terms.a[r] = static_cast<A>(c.a * slope);
-    terms.b[r] = static_cast<A>(c.b * slope);
-    terms.c[r] = static_cast<A>(c.c * slope);
-    terms.d[r] = static_cast<A>(c.d * slope);
-    terms.e[r] = static_cast<A>(c.e * slope);
+    set_row(terms, r, c, slope);
     const bool weighted = terms.weight && c.d != 0.0;
     const bool plain = terms.b[r] == 0 && terms.c[r] == 0 && !weighted && !terms.soft && !terms.derivative;
     terms.plain[r] = plain;
@@ -242,6 +250,13 @@ void gradient_panels(const Pass& pass, const Tile& logits, const Tile& soft, int
   if (pass.stream) V::fence();
 }
 
+// scale w_j (L - z_j): the gradient of a loss by its soft target.
+template <class V>
+FASTLOSS_HD inline typename V::Reg soft_gradient_at(typename V::Reg z, typename V::Reg w, typename V::Reg max,
+                                                    typename V::Reg log_sum, typename V::Reg scale) {
+  return V::mul(V::mul(scale, w), V::sub(log_sum, V::sub(z, max)));
+}
+
 template <class O>
 void soft_gradient_panels(const Pass& pass, const Tile& logits, int rows, int64_t begin, int64_t end, const RowStats* stats,
                           const double* scale, const Tile& out, Scratch& scratch) {
@@ -262,8 +277,8 @@ void soft_gradient_panels(const Pass& pass, const Tile& logits, int rows, int64_
       }
       const auto top = O::per_row(max), log_sums = O::per_row(log_sum), factors = O::per_row(factor);
       for (int j = 0; j < n; j += O::kClasses) {
-        const auto gap = V::sub(log_sums, V::sub(load_at<O>(z, j), top));
-        V::store(z + j * O::kRows, V::mul(V::mul(factors, O::per_class(weight + j)), gap));
+        const auto w = O::per_class(weight + j);
+        V::store(z + j * O::kRows, soft_gradient_at<V>(load_at<O>(z, j), w, top, log_sums, factors));
       }
     }
     store_tile<O>(staged.z, staged.panel_size, block * kBlock, n, rows, out);

@@ -9,6 +9,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Marks what nvcc compiles for the GPU as well.
+#if defined(__CUDACC__)
+#define FASTLOSS_HD __host__ __device__
+#else
+#define FASTLOSS_HD
+#endif
+
 namespace fastloss {
 
 enum Dtype : int { kF32 = 0, kF64 = 1, kF16 = 2, kBF16 = 3 };

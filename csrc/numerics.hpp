@@ -20,7 +20,10 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr int kTerms = 3;  // relative error 2^-25.2
-  static constexpr float kCoefficients[kTerms] = {0x1.62e432p-4f, 0x1.ec0c32p-9f, 0x1.c6a004p-14f};
+  FASTLOSS_HD static constexpr float coefficient(int i) {
+    constexpr float kCoefficients[kTerms] = {0x1.62e432p-4f, 0x1.ec0c32p-9f, 0x1.c6a004p-14f};
+    return kCoefficients[i];
+  }
   static constexpr float kScale = 0x1.715476p+3f;            // S log2 e
   static constexpr float kMagic = 0x1.8p+23f;                // x + kMagic holds round(x) in its low bits
   static constexpr float kLowest = -127.0f * 0x1.62e43p-1f;  // from here down the result is 0
@@ -29,10 +32,13 @@ struct ExpConstants<float> {
 template <>
 struct ExpConstants<double> {
   static constexpr int kTerms = 11;  // relative error 2^-58
-  static constexpr double kCoefficients[kTerms] = {0x1.62e42fefa39efp-1,  0x1.ebfbdff82c5a4p-3,  0x1.c6b08d7049fe8p-5,
-                                                   0x1.3b2ab6fba011ap-7,  0x1.5d87fe78cd6dcp-10, 0x1.4309130ed8bc8p-13,
-                                                   0x1.ffcbfba97c6d7p-17, 0x1.62bfc79d7642ap-20, 0x1.b5267cea5f68ep-24,
-                                                   0x1.e61b4f5049cdcp-28, 0x1.e79ba5e93da52p-32};
+  FASTLOSS_HD static constexpr double coefficient(int i) {
+    constexpr double kCoefficients[kTerms] = {0x1.62e42fefa39efp-1,  0x1.ebfbdff82c5a4p-3,  0x1.c6b08d7049fe8p-5,
+                                              0x1.3b2ab6fba011ap-7,  0x1.5d87fe78cd6dcp-10, 0x1.4309130ed8bc8p-13,
+                                              0x1.ffcbfba97c6d7p-17, 0x1.62bfc79d7642ap-20, 0x1.b5267cea5f68ep-24,
+                                              0x1.e61b4f5049cdcp-28, 0x1.e79ba5e93da52p-32};
+    return kCoefficients[i];
+  }
   static constexpr double kScale = 0x1.71547652b82fep+0;
   static constexpr double kMagic = 0x1.8p+52 + 1023.0;  // with the exponent bias
   static constexpr double kLowest = -1023.0 * 0x1.62e42fefa39efp-1;
@@ -40,21 +46,21 @@ struct ExpConstants<double> {
 
 // The floor that keeps -inf out of products with probabilities that are 0 anyway; NaN passes through.
 template <class V>
-inline typename V::Reg clamp_exponent(typename V::Reg x) {
+FASTLOSS_HD inline typename V::Reg clamp_exponent(typename V::Reg x) {
   return V::max(V::set(ExpConstants<typename V::T>::kLowest), x);
 }
 
 // exp(x) for kLowest <= x <= 0 (and NaN): exp(0) is exactly 1, exp(kLowest) exactly 0. What lies below the smallest normal
 // number has an absolute error below it.
 template <class V>
-inline typename V::Reg exp_clamped(typename V::Reg x) {
+FASTLOSS_HD inline typename V::Reg exp_clamped(typename V::Reg x) {
   using C = ExpConstants<typename V::T>;
   const auto shifted = V::fma(x, V::set(C::kScale), V::set(C::kMagic));
   const auto minus_k = V::sub(V::set(C::kMagic), shifted);
   const auto f = V::fma(x, V::set(C::kScale), minus_k);
-  auto p = V::set(C::kCoefficients[C::kTerms - 1]);
+  auto p = V::set(C::coefficient(C::kTerms - 1));
 #pragma GCC unroll 16
-  for (int i = C::kTerms - 2; i >= 0; --i) p = V::fma(p, f, V::set(C::kCoefficients[i]));
+  for (int i = C::kTerms - 2; i >= 0; --i) p = V::fma(p, f, V::set(C::coefficient(i)));
   p = V::fma(p, f, V::set(1));
   // A multiplication, not an addition to the exponent: it keeps NaN.
   return V::mul(p, V::power_of_two(shifted));
@@ -62,7 +68,7 @@ inline typename V::Reg exp_clamped(typename V::Reg x) {
 
 // log(1 + r) for r >= 0 (and NaN), within 2 units in the last place: 1 + r = 2^k (1 + f), log(1 + f) = 2 artanh(f / (2 + f)).
 template <class V>
-inline typename V::Reg log1p_nonnegative(typename V::Reg r) {
+FASTLOSS_HD inline typename V::Reg log1p_nonnegative(typename V::Reg r) {
   static_assert(sizeof(typename V::T) == 8, "in double");
   const auto one = V::set(1), two = V::set(2), infinity = V::set(__builtin_huge_val());
   const auto u = V::add(one, r);
@@ -90,7 +96,7 @@ struct TanhPair {
 };
 
 template <class V>
-inline TanhPair<V> tanh_with_derivative(typename V::Reg y) {
+FASTLOSS_HD inline TanhPair<V> tanh_with_derivative(typename V::Reg y) {
   using T = typename V::T;
   const auto one = V::set(1), two = V::set(2);
   const auto e = exp_clamped<V>(clamp_exponent<V>(V::mul(V::abs(y), V::set(-2))));
@@ -129,8 +135,8 @@ struct SavedRow {
 // Row loss, soft targets q:            sum_j w_j ((1 - eps) q_j + eps / V) (L - z_j) + z_loss L^2
 // Both are written with l = L - max = log1p(rest) and z - max, so that a common offset of the logits cancels before it can
 // round.
-inline double cross_entropy_of_id(const CrossEntropyOptions& o, int64_t classes, const RowStats& s, double target_z,
-                                  double target_weight, SavedRow* saved) {
+FASTLOSS_HD inline double cross_entropy_of_id(const CrossEntropyOptions& o, int64_t classes, const RowStats& s, double target_z,
+                                              double target_weight, SavedRow* saved) {
   const double l = s.log_sum;
   const double L = s.max + l;
   double mass = target_weight * (1.0 - o.label_smoothing);
@@ -145,7 +151,8 @@ inline double cross_entropy_of_id(const CrossEntropyOptions& o, int64_t classes,
   return loss;
 }
 
-inline double cross_entropy_of_soft_target(const CrossEntropyOptions& o, int64_t classes, const RowStats& s, SavedRow* saved) {
+FASTLOSS_HD inline double cross_entropy_of_soft_target(const CrossEntropyOptions& o, int64_t classes, const RowStats& s,
+                                                       SavedRow* saved) {
   const double l = s.log_sum;
   const double L = s.max + l;
   const double share = o.label_smoothing / static_cast<double>(classes);
@@ -161,8 +168,8 @@ inline double cross_entropy_of_soft_target(const CrossEntropyOptions& o, int64_t
 }
 
 // Coefficients of the gradient of u * (row loss). `row_weight` is w_y for a class id and 1 for soft targets.
-inline GradientRow cross_entropy_gradient(const CrossEntropyOptions& o, int64_t classes, const SavedRow& s, double row_weight,
-                                          bool soft, double u) {
+FASTLOSS_HD inline GradientRow cross_entropy_gradient(const CrossEntropyOptions& o, int64_t classes, const SavedRow& s,
+                                                      double row_weight, bool soft, double u) {
   GradientRow row;
   row.max = s.max;
   row.rest = s.rest;

@@ -13,12 +13,12 @@ namespace {
 
 // The reference of a block of only -inf is 0, so that -inf - ref stays -inf.
 template <class A>
-inline A finite_reference(A max) {
+FASTLOSS_HD inline A finite_reference(A max) {
   return max == -static_cast<A>(__builtin_huge_val()) ? A(0) : max;
 }
 
 template <class V>
-inline typename V::Reg finite_references(typename V::Reg max) {
+FASTLOSS_HD inline typename V::Reg finite_references(typename V::Reg max) {
   return V::select_greater(max, V::set(-__builtin_huge_val()), max, V::set(0));
 }
 
@@ -74,7 +74,7 @@ inline void for_registers(int n, Group group, Step step) {
 }
 
 template <class O>
-inline typename O::V::Reg load_at(const typename O::T* panel, int at) {
+FASTLOSS_HD inline typename O::V::Reg load_at(const typename O::T* panel, int at) {
   return O::V::load(panel + at * O::kRows);
 }
 

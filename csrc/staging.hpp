@@ -17,8 +17,8 @@ struct Along {
   using T = typename V::T;
   static constexpr int kRows = 1;             // rows in a panel
   static constexpr int kClasses = V::kWidth;  // classes in a register
-  static typename V::Reg per_row(const T* p) { return V::set(*p); }
-  static typename V::Reg per_class(const T* p) { return V::load(p); }
+  FASTLOSS_HD static typename V::Reg per_row(const T* p) { return V::set(*p); }
+  FASTLOSS_HD static typename V::Reg per_class(const T* p) { return V::load(p); }
   static void store_per_row(T* p, typename V::Reg x) { *p = V::first(x); }
   // Classes of a panel. Those behind the last hold -inf, so that the loops have no tails: exp(-inf) adds exactly 0.
   static int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -77,7 +77,7 @@ struct TypeTag {
 
 // Calls f with the storage type of `dtype`.
 template <class F>
-inline auto with_storage(Dtype dtype, F f) {
+FASTLOSS_HD inline auto with_storage(Dtype dtype, F f) {
   switch (dtype) {
     case kF64:
       return f(TypeTag<double>{});
@@ -214,7 +214,9 @@ inline const char* next_block(const Tile& logits, int64_t block, int ahead_bytes
   return ahead_bytes ? logits.data + (block + 1) * (kBlock / kLanes) * ahead_bytes : nullptr;
 }
 
-inline bool is_identity(const Transform& t) { return t.inv_temperature == 1.0 && t.softcap == 0.0 && t.bias == nullptr; }
+FASTLOSS_HD inline bool is_identity(const Transform& t) {
+  return t.inv_temperature == 1.0 && t.softcap == 0.0 && t.bias == nullptr;
+}
 
 // z = softcap * tanh(x / temperature / softcap) + bias, and dz/dx where a softcap makes it differ from class to class.
 template <class V>
@@ -223,7 +225,7 @@ struct Transformed {
 };
 
 template <class V>
-inline Transformed<V> transform(const Transform& t, typename V::Reg x, typename V::Reg bias) {
+FASTLOSS_HD inline Transformed<V> transform(const Transform& t, typename V::Reg x, typename V::Reg bias) {
   using T = typename V::T;
   const auto slope = V::set(static_cast<T>(t.inv_temperature));
   if (t.softcap == 0.0) return {V::fma(x, slope, bias), slope};

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "stats.hpp"
 
+#include "layout.hpp"
+
 namespace fastloss {
 
 void statistics(const Tensor& logits, const Targets& targets, const Transform& transform, const StatsOutputs& out) {

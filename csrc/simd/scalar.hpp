@@ -17,31 +17,31 @@ struct BF16 {
   uint16_t bits;
 };
 
-inline float fma_f32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline double fma_f64(double a, double b, double c) { return __builtin_fma(a, b, c); }
+FASTLOSS_HD inline float fma_f32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FASTLOSS_HD inline double fma_f64(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-inline uint32_t float_bits(float x) {
+FASTLOSS_HD inline uint32_t float_bits(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-inline float float_of(uint32_t bits) {
+FASTLOSS_HD inline float float_of(uint32_t bits) {
   float x;
   __builtin_memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-inline float widen(BF16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+FASTLOSS_HD inline float widen(BF16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
 // To nearest even, subnormals kept, NaN quiet.
-inline BF16 to_bf16(float x) {
+FASTLOSS_HD inline BF16 to_bf16(float x) {
   const uint32_t bits = float_bits(x);
   if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-inline float widen(F16 x) {
+FASTLOSS_HD inline float widen(F16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00)
@@ -50,7 +50,7 @@ inline float widen(F16 x) {
   return float_of(sign | float_bits(float_of(magnitude << 13) * 0x1p+112f));
 }
 
-inline F16 to_f16(float x) {
+FASTLOSS_HD inline F16 to_f16(float x) {
   const uint32_t sign = (float_bits(x) >> 16) & 0x8000;
   const uint32_t magnitude = float_bits(x) & 0x7fffffff;
   if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff))};
@@ -62,26 +62,26 @@ inline F16 to_f16(float x) {
   return {static_cast<uint16_t>(sign | ((magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13))};
 }
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
+FASTLOSS_HD inline float widen(float x) { return x; }
+FASTLOSS_HD inline double widen(double x) { return x; }
 
 // A value of the accumulation type, rounded to the storage type.
 template <class T>
-T narrow(double x);
+FASTLOSS_HD T narrow(double x);
 template <>
-inline double narrow<double>(double x) {
+FASTLOSS_HD inline double narrow<double>(double x) {
   return x;
 }
 template <>
-inline float narrow<float>(double x) {
+FASTLOSS_HD inline float narrow<float>(double x) {
   return static_cast<float>(x);
 }
 template <>
-inline BF16 narrow<BF16>(double x) {
+FASTLOSS_HD inline BF16 narrow<BF16>(double x) {
   return to_bf16(static_cast<float>(x));
 }
 template <>
-inline F16 narrow<F16>(double x) {
+FASTLOSS_HD inline F16 narrow<F16>(double x) {
   return to_f16(static_cast<float>(x));
 }
 
@@ -90,7 +90,7 @@ constexpr uint32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7
                                   0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 
 // 31 random bits for a column: a hash with two rounds of multiplication, the row's second word between them.
-inline int32_t random_bits(uint32_t column, RandomKey key) {
+FASTLOSS_HD inline int32_t random_bits(uint32_t column, RandomKey key) {
   uint32_t x = (column * 0x9e3779b1u) ^ key.first;
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = x ^ (x >> 15) ^ key.second;
@@ -107,38 +107,39 @@ struct ScalarF32 {
   using Wide = ScalarF64;
   using Reg = float;
   static constexpr int kWidth = 1;
-  static Reg set(T x) { return x; }
-  static T first(Reg a) { return a; }
-  static Reg load(const float* p) { return *p; }
-  static Reg load(const BF16* p) { return widen(*p); }
-  static Reg load(const F16* p) { return widen(*p); }
-  static void store(float* p, Reg x) { *p = x; }
+  FASTLOSS_HD static Reg set(T x) { return x; }
+  FASTLOSS_HD static T first(Reg a) { return a; }
+  FASTLOSS_HD static Reg load(const float* p) { return *p; }
+  FASTLOSS_HD static Reg load(const BF16* p) { return widen(*p); }
+  FASTLOSS_HD static Reg load(const F16* p) { return widen(*p); }
+  FASTLOSS_HD static void store(float* p, Reg x) { *p = x; }
+  // Past the caches, to a place aligned to what is written; fence() ends a run of them.
   template <class T>
-  static void stream(T* p, Reg x) {  // past the caches, to a place aligned to what is written; fence() ends a run of them
+  FASTLOSS_HD static void stream(T* p, Reg x) {
     store(p, x);
   }
-  static void fence() {}
-  static void store(BF16* p, Reg x) { *p = to_bf16(x); }
-  static void store(F16* p, Reg x) { *p = to_f16(x); }
-  static Reg add(Reg a, Reg b) { return a + b; }
-  static Reg sub(Reg a, Reg b) { return a - b; }
-  static Reg mul(Reg a, Reg b) { return a * b; }
-  static Reg div(Reg a, Reg b) { return a / b; }
-  static Reg fma(Reg a, Reg b, Reg c) { return fma_f32(a, b, c); }  // a * b + c, rounded once
-  static Reg max(Reg a, Reg b) { return a > b ? a : b; }            // b where either is NaN
-  static Reg abs(Reg a) { return __builtin_fabsf(a); }
-  static Reg copy_sign(Reg a, Reg sign) { return __builtin_copysignf(a, sign); }
-  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
-  static int count_greater(Reg a, Reg b) { return a > b; }
-  static uint32_t mask_greater(Reg a, Reg b) { return a > b; }  // bit i: whether element i is greater
+  FASTLOSS_HD static void fence() {}
+  FASTLOSS_HD static void store(BF16* p, Reg x) { *p = to_bf16(x); }
+  FASTLOSS_HD static void store(F16* p, Reg x) { *p = to_f16(x); }
+  FASTLOSS_HD static Reg add(Reg a, Reg b) { return a + b; }
+  FASTLOSS_HD static Reg sub(Reg a, Reg b) { return a - b; }
+  FASTLOSS_HD static Reg mul(Reg a, Reg b) { return a * b; }
+  FASTLOSS_HD static Reg div(Reg a, Reg b) { return a / b; }
+  FASTLOSS_HD static Reg fma(Reg a, Reg b, Reg c) { return fma_f32(a, b, c); }  // a * b + c, rounded once
+  FASTLOSS_HD static Reg max(Reg a, Reg b) { return a > b ? a : b; }            // b where either is NaN
+  FASTLOSS_HD static Reg abs(Reg a) { return __builtin_fabsf(a); }
+  FASTLOSS_HD static Reg copy_sign(Reg a, Reg sign) { return __builtin_copysignf(a, sign); }
+  FASTLOSS_HD static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
+  FASTLOSS_HD static int count_greater(Reg a, Reg b) { return a > b; }
+  FASTLOSS_HD static uint32_t mask_greater(Reg a, Reg b) { return a > b; }  // bit i: whether element i is greater
   // Element i: uniform in (0, 1], made of the random bits of `column` + i.
-  static Reg uniform(uint32_t column, RandomKey key) {
+  FASTLOSS_HD static Reg uniform(uint32_t column, RandomKey key) {
     return fma(static_cast<float>(random_bits(column, key)), 0x1p-31f, 0x1p-32f);
   }
-  static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0f ? 0.0f : x; }
+  FASTLOSS_HD static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0f ? 0.0f : x; }
   // Element i of the result is element i + kBy; what lies behind the last is anything.
   template <int kBy>
-  static Reg shift_down(Reg a) {
+  FASTLOSS_HD static Reg shift_down(Reg a) {
     return a;
   }
   // 2^(k/8), k in the low bits of x.
@@ -150,37 +151,37 @@ struct ScalarF64 {
   using Wide = ScalarF64;
   using Reg = double;
   static constexpr int kWidth = 1;
-  static Reg set(T x) { return x; }
-  static T first(Reg a) { return a; }
-  static Reg load(const double* p) { return *p; }
-  static void store(double* p, Reg x) { *p = x; }
-  static void stream(double* p, Reg x) { *p = x; }
-  static void fence() {}
-  static Reg add(Reg a, Reg b) { return a + b; }
-  static Reg sub(Reg a, Reg b) { return a - b; }
-  static Reg mul(Reg a, Reg b) { return a * b; }
-  static Reg div(Reg a, Reg b) { return a / b; }
-  static Reg fma(Reg a, Reg b, Reg c) { return fma_f64(a, b, c); }
-  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
-  static Reg abs(Reg a) { return __builtin_fabs(a); }
-  static Reg copy_sign(Reg a, Reg sign) { return __builtin_copysign(a, sign); }
-  static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
-  static int count_greater(Reg a, Reg b) { return a > b; }
-  static uint32_t mask_greater(Reg a, Reg b) { return a > b; }
-  static Reg uniform(uint32_t column, RandomKey key) { return fma(random_bits(column, key), 0x1p-31, 0x1p-32); }
-  static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0 ? 0.0 : x; }
+  FASTLOSS_HD static Reg set(T x) { return x; }
+  FASTLOSS_HD static T first(Reg a) { return a; }
+  FASTLOSS_HD static Reg load(const double* p) { return *p; }
+  FASTLOSS_HD static void store(double* p, Reg x) { *p = x; }
+  FASTLOSS_HD static void stream(double* p, Reg x) { *p = x; }
+  FASTLOSS_HD static void fence() {}
+  FASTLOSS_HD static Reg add(Reg a, Reg b) { return a + b; }
+  FASTLOSS_HD static Reg sub(Reg a, Reg b) { return a - b; }
+  FASTLOSS_HD static Reg mul(Reg a, Reg b) { return a * b; }
+  FASTLOSS_HD static Reg div(Reg a, Reg b) { return a / b; }
+  FASTLOSS_HD static Reg fma(Reg a, Reg b, Reg c) { return fma_f64(a, b, c); }
+  FASTLOSS_HD static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  FASTLOSS_HD static Reg abs(Reg a) { return __builtin_fabs(a); }
+  FASTLOSS_HD static Reg copy_sign(Reg a, Reg sign) { return __builtin_copysign(a, sign); }
+  FASTLOSS_HD static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
+  FASTLOSS_HD static int count_greater(Reg a, Reg b) { return a > b; }
+  FASTLOSS_HD static uint32_t mask_greater(Reg a, Reg b) { return a > b; }
+  FASTLOSS_HD static Reg uniform(uint32_t column, RandomKey key) { return fma(random_bits(column, key), 0x1p-31, 0x1p-32); }
+  FASTLOSS_HD static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0 ? 0.0 : x; }
   template <int kBy>
-  static Reg shift_down(Reg a) {
+  FASTLOSS_HD static Reg shift_down(Reg a) {
     return a;
   }
   // k of x = 2^k m with m between sqrt(1/2) and sqrt(2), for x >= 1.
-  static Reg exponent(Reg x) {
+  FASTLOSS_HD static Reg exponent(Reg x) {
     uint64_t bits;
     __builtin_memcpy(&bits, &x, sizeof bits);
     return static_cast<double>((bits - kSqrtHalf) >> 52);
   }
   // 2^(k - 1023), k in the low bits of x; 0 for k = 0.
-  static Reg power_of_two(Reg x) {
+  FASTLOSS_HD static Reg power_of_two(Reg x) {
     uint64_t bits;
     __builtin_memcpy(&bits, &x, sizeof bits);
     bits <<= 52;
