@@ -6,6 +6,9 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+# The GPUs that nvcc, where there is one, compiles for here: that of this machine, else one, to see that it compiles. A wheel and
+# `pip install` take them all.
+CUDA_ARCHITECTURES ?= $(shell nvidia-smi >/dev/null 2>&1 && echo native || echo 90)
 
 ROOT := $(CURDIR)
 VENV := $(ROOT)/.venv
@@ -13,18 +16,19 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/stamp
 BUILD := $(ROOT)/build
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f ! -name '*.pyc')
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc python -type f ! -name '*.pyc')
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # fastloss itself is built without isolation, in a build directory that stays: a second build takes seconds.
 PIP := $(PY) -m pip install --quiet
-PIP_FASTLOSS := $(PIP) --no-build-isolation --config-settings=build-dir=$(BUILD)/dev
+PIP_FASTLOSS := $(PIP) --no-build-isolation --config-settings=build-dir=$(BUILD)/dev \
+  --config-settings=cmake.define.FASTLOSS_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # one .venv, one pip at a time
-.PHONY: help demo test bench training lint asan neon wheel clean distclean
+.PHONY: help demo test bench training lint asan neon emulation wheel clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +36,7 @@ help:  ## show this list
 demo: $(STAMP)/demo  ## train a language model with and without fastloss: table and plots
 	$(PY) examples/train_lm.py $(DEMO_ARGS)
 
-test: $(STAMP)/test  ## run all tests, and the examples in the docstrings
+test: $(STAMP)/test emulation  ## run all tests, and the examples in the docstrings
 	$(PY) -m pytest --doctest-modules tests --pyargs fastloss $(PYTEST_ARGS)
 
 bench: $(STAMP)/bench  ## compare with PyTorch, torch.compile, SciPy, optax: tables, JSON, plots
@@ -78,17 +82,19 @@ $(STAMP)/dev: EXTRAS := dev,test
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
-CXX_SOURCES := $(shell find csrc tests -name '*.[ch]pp' -o -name '*.inl')
+CXX_SOURCES := $(shell find csrc tests -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 # The ISA files are one algorithm; clang-tidy reads it through the scalar one.
 TIDY_SOURCES := $(wildcard csrc/*.cpp) csrc/isa/scalar.cpp
 
-lint: $(STAMP)/dev  ## ruff, mypy --strict, clang-format, clang-tidy, symbols of the ISA objects
+lint: $(STAMP)/dev emulation  ## ruff, mypy --strict, clang-format, clang-tidy, symbols of the ISA objects
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(PY) tools/check_isa_symbols.py $(BUILD)/dev
 	printf '%s\n' $(TIDY_SOURCES) | xargs -P 2 -n 1 $(BIN)/clang-tidy --quiet -p $(BUILD)/dev 2>$(BUILD)/clang-tidy.log || \
+	  { cat $(BUILD)/clang-tidy.log; exit 1; }
+	$(BIN)/clang-tidy --quiet -p $(BUILD)/emulation csrc/cuda/*.cpp 2>$(BUILD)/clang-tidy.log || \
 	  { cat $(BUILD)/clang-tidy.log; exit 1; }
 
 ASAN_CXX ?= g++
@@ -112,6 +118,11 @@ neon: $(STAMP)/tools  ## same bits on every ISA: NEON under qemu, then those of 
 	$(BITS) -B $(BUILD)/bits-native
 	$(BIN)/cmake --build $(BUILD)/bits-native
 	$(BUILD)/bits-native/isa_bits
+
+emulation: $(STAMP)/tools  ## build the CUDA kernels as C++, as the tests run them where there is no GPU
+	@$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DFASTLOSS_CUDA_EMULATION=ON -DPython_EXECUTABLE=$(PY) \
+	  -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" -S $(ROOT) -B $(BUILD)/emulation >/dev/null
+	@$(BIN)/cmake --build $(BUILD)/emulation --target _cuda_emulated
 
 wheel: $(STAMP)/dev  ## build a wheel, check it with auditwheel, try it in a clean environment without a compiler
 	rm -rf dist

@@ -100,6 +100,7 @@ py::dict build_info() {
   info["version"] = FASTLOSS_VERSION;
   info["compiler"] = FASTLOSS_COMPILER;
   info["flags"] = FASTLOSS_FLAGS;
+  info["cuda"] = FASTLOSS_CUDA;
   return info;
 }
 

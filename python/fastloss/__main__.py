@@ -26,6 +26,10 @@ def main() -> int:
         print(f"  {name + ':':<10} {value}")
     print(f"  {'isa:':<10} {fastloss.isa()} (available: {', '.join(fastloss.available_isas())})")
     print(f"  {'threads:':<10} {fastloss.get_num_threads()}")
+    if fastloss.build_info()["cuda"] != "no":
+        from fastloss import _cuda
+
+        print(f"  {'gpus:':<10} {_cuda.device_count() or 'no CUDA device'}")
     chosen = fastloss.isa()
     failures = 0
     for isa in fastloss.available_isas():

@@ -78,7 +78,7 @@ def get_num_threads() -> int:
 
 
 def build_info() -> dict[str, str]:
-    """Returns how this copy was built: version, compiler, flags.
+    """Returns how this copy was built: version, compiler, flags, and for which GPUs, or "no" where it has no CUDA kernels.
 
     Example:
         >>> import fastloss

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// The calls of csrc/cross_entropy.hpp and csrc/stats.hpp on a GPU: all pointers are the GPU's, nothing is waited for and
+// nothing allocated. What a call needs besides its results comes as `workspace`.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../cross_entropy.hpp"
+#include "../stats.hpp"
+
+namespace fastloss::cuda {
+
+// The GPU and the stream of a call. The GPU that was current before is so again at the end.
+class Device {
+ public:
+  Device(int index, uintptr_t stream);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  cudaStream_t stream() const { return stream_; }
+  int multiprocessors() const { return multiprocessors_; }
+
+ private:
+  int before_ = 0, index_, multiprocessors_ = 0;
+  cudaStream_t stream_;
+};
+
+int device_count();  // 0 without a driver
+
+// How the threads of the GPU share the rows: threads of a block, warps of it that share a row, blocks that do.
+struct Plan {
+  int threads, warps_per_row, parts;
+};
+Plan plan_of(const Tensor& logits, const Device& device);
+size_t workspace_bytes(const Tensor& logits, const Device& device);
+
+// `scale` becomes 1 / denominator, by which the gradient is multiplied: the one that the function of the CPU returns.
+void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const double* denominator, void* loss, double* saved,
+                   double* scale, const Tensor& grad, char* workspace, const Device& device);
+void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
+                            const Tensor& grad, const Device& device);
+void soft_target_gradient(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
+                          const Tensor& out, const Device& device);
+void statistics(const Tensor& logits, const Targets& targets, const Transform& transform, const StatsOutputs& outputs,
+                char* workspace, const Device& device);
+void stats_gradient(const Tensor& logits, const double* saved, const double* coefficients, const Targets& targets,
+                    const double* g, const Transform& transform, const Tensor& grad, const Device& device);
+
+}  // namespace fastloss::cuda

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels for one storage type T, and the table of their launches.
+#include "gradient.hpp"
+#include "kernel_table.hpp"
+
+namespace fastloss {
+namespace {
+
+// Sums over what a thread takes of its row, then over its warp.
+template <class T, class V, bool kAdjacent, bool kFull>
+__device__ inline Part scan(const Problem& p, const Place& at, bool skip) {
+  using A = typename V::T;
+  Running<V, kFull, kAdjacent> running;
+  if (!skip) {
+    const T* row = row_of<const T>(p, p.logits, at.row);
+    const A missing = -static_cast<A>(__builtin_huge_val());
+    walk_logits<T, V, kAdjacent, kFull>(p, at, row, missing, [&](const auto& run, auto& z) {
+      [[maybe_unused]] A derivative[sizeof(z) / sizeof(A)], w[sizeof(z) / sizeof(A)], q[sizeof(z) / sizeof(A)];
+      if constexpr (kFull) {
+        transform_run<V>(p, run, z, derivative);
+        load_per_class(static_cast<const A*>(p.weight), run, w);
+        load_any(p, p.soft, at.row, run, q);
+      }
+      running.take(p, run, z, w, q);
+    });
+  }
+  return running.part();
+}
+
+template <class T, class V>
+__device__ inline void finish_row(const Problem& p, const Loss& loss, const Statistics& out, int64_t row, const RowStats& stats,
+                                  int lane, int lanes) {
+  if (loss.wanted) {
+    if (lane == 0) finish_loss<T, V>(p, loss, row, stats);
+  } else {
+    finish_statistics<T, V>(p, out, row, stats, lane, lanes);
+  }
+}
+
+// The gradient of a row whose coefficients a thread has just left in shared memory; g goes with a lone target.
+template <class T, class V, bool kAdjacent, bool kFull>
+__device__ inline void write_row(const Problem& p, const Place& at, const GradientRow& coefficients,
+                                 const UpstreamsOfRow& row_g) {
+  __syncthreads();
+  const GradientRow c = coefficients;
+  const T* row = row_of<const T>(p, p.logits, at.there ? at.row : 0);
+  const Span span = span_of<T, kAdjacent>(p, at, row);
+  const auto mine = [&](int i) {
+    if (!at.there || c.zero || i >= p.ids.k) return false;
+    const int64_t id = id_at(p.ids, at.row * p.ids.k + i);
+    return id >= span.begin && id < span.end && !occurs_before(IdsOfRow{p.ids, at.row}, i);
+  };
+  // In place, the logits of the targets must be read before anything is written.
+  const bool first = mine(at.lane);
+  const auto kept = first ? target_gradient<T, V>(p, c, at.row, row_g, at.lane) : 0;
+  __syncthreads();
+  if (at.there) write_gradient<T, V, kAdjacent, kFull>(p, at, c);
+  __syncthreads();
+  T* out = row_of<T>(p, p.grad, at.there ? at.row : 0);
+  const auto put_target = [&](int i, typename V::T value) {
+    put(value, out[id_at(p.ids, at.row * p.ids.k + i) * p.grad.class_step]);
+  };
+  if (first) put_target(at.lane, kept);
+  for (int i = at.lane + at.lanes; i < p.ids.k; i += at.lanes) {
+    if (mine(i)) put_target(i, target_gradient<T, V>(p, c, at.row, row_g, i));
+  }
+}
+
+// Shared memory for one thing a row, or a part of a row: one a warp, or a thread where 32 rows share the warps.
+template <bool kAdjacent>
+constexpr int kPlaces = kAdjacent ? kOneTripThreads / kWarp : kThreads;
+
+// The parts of a row lie side by side in shared memory, or 32 apart where 32 rows share the warps; so do rows themselves.
+template <bool kAdjacent>
+struct SharedRow {
+  static constexpr int kStep = kAdjacent ? 1 : kWarp;
+  int column;       // of the 32 rows
+  bool is_leader;   // one thread a row
+  int lane, lanes;  // that finish the row together
+  __device__ explicit SharedRow(const Place& at)
+      : column(kAdjacent ? 0 : threadIdx.x % kWarp),
+        is_leader(at.lane == 0),
+        lane(kAdjacent ? threadIdx.x % kWarp : 0),
+        lanes(kAdjacent ? kWarp : 1) {}
+  __device__ int row(const Place& at) const { return at.slot * kStep + column; }
+  __device__ int part(const Problem& p, const Place& at) const {
+    return (at.slot * p.warps_per_row + at.warp) * kStep + column;
+  }
+};
+
+// All of a row in one block: its statistics, and with kGradient the gradient as well, which finds the row in the cache.
+// More parts a row: each block leaves its sums for merge_kernel.
+template <class T, bool kAdjacent, bool kFull, bool kGradient>
+FASTLOSS_KERNEL((kAdjacent && kGradient && !kFull ? kOneTripThreads : kThreads), (kGradient || kFull ? 1 : 3))
+scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT Statistics out,
+            FASTLOSS_ARGUMENT GradientSource source) {
+  using V = typename AccumulatedIn<T>::V;
+  using A = typename V::T;
+  FASTLOSS_SHARED Part parts[kPlaces<kAdjacent>];
+  const Place at = place(p);
+  const SharedRow<kAdjacent> shared(at);
+  const bool skip = !at.there || (loss.wanted && label_of<A>(p, loss, at.row).ignored);
+  const Part part = scan<T, V, kAdjacent, kFull>(p, at, skip);
+  const bool speaks = !kAdjacent || shared.lane == 0;
+  if (p.parts > 1) {
+    if (speaks && at.there) p.part[(at.row * p.parts + at.part) * p.warps_per_row + at.warp] = part;
+    return;
+  }
+  if (speaks) parts[shared.part(p, at)] = part;
+  __syncthreads();
+  if (at.warp == 0 && at.there) {
+    const RowStats stats = merge_parts<kAdjacent>(parts + shared.part(p, at), p.warps_per_row, shared.kStep);
+    finish_row<T, V>(p, loss, out, at.row, stats, shared.lane, shared.lanes);
+  }
+  if constexpr (kGradient) {
+    FASTLOSS_SHARED GradientRow coefficients[kPlaces<kAdjacent>];
+    double g = 0.0;
+    if (shared.is_leader && at.there) {
+      coefficients[shared.row(at)] = coefficients_of<A>(p, loss, source, loss.saved, at.row, g);
+    }
+    write_row<T, V, kAdjacent, kFull>(p, at, coefficients[shared.row(at)], {nullptr, g});
+  }
+}
+
+// A block a row, of one warp.
+template <class T>
+FASTLOSS_KERNEL(kWarp, 1)
+merge_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT Statistics out) {
+  using V = typename AccumulatedIn<T>::V;
+  const int64_t row = blockIdx.x;
+  const int count = p.parts * p.warps_per_row;
+  if (loss.wanted && label_of<typename V::T>(p, loss, row).ignored) {
+    finish_row<T, V>(p, loss, out, row, RowStats{}, threadIdx.x, kWarp);
+    return;
+  }
+  finish_row<T, V>(p, loss, out, row, merge_parts<true>(p.part + row * count, count, 1), threadIdx.x, kWarp);
+}
+
+template <class T, bool kAdjacent, bool kFull>
+FASTLOSS_KERNEL(kThreads, (kFull ? 1 : 2))
+gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source,
+                const double* saved) {
+  using V = typename AccumulatedIn<T>::V;
+  FASTLOSS_SHARED GradientRow coefficients[kPlaces<kAdjacent>];
+  const Place at = place(p);
+  const SharedRow<kAdjacent> shared(at);
+  double g = 0.0;
+  if (shared.is_leader && at.there) {
+    coefficients[shared.row(at)] = coefficients_of<typename V::T>(p, loss, source, saved, at.row, g);
+  }
+  write_row<T, V, kAdjacent, kFull>(p, at, coefficients[shared.row(at)],
+                                    {loss.wanted ? nullptr : source.g + at.row * p.ids.k, g});
+}
+
+// One target after the other: how many classes a stable descending sort puts before it.
+template <class T, bool kAdjacent>
+FASTLOSS_KERNEL(kThreads, 1)
+rank_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Statistics out) {
+  using V = typename AccumulatedIn<T>::V;
+  using A = typename V::T;
+  FASTLOSS_SHARED double counts[kPlaces<kAdjacent>];
+  const Place at = place(p);
+  const SharedRow<kAdjacent> shared(at);
+  const T* row = row_of<const T>(p, p.logits, at.there ? at.row : 0);
+  for (int i = 0; i < p.ids.k; ++i) {
+    const int64_t id = at.there ? id_at(p.ids, at.row * p.ids.k + i) : -1;
+    const bool valid = id >= 0 && id < p.classes && out.saved[3 * at.row + 1] >= 0.0;
+    double count = 0.0;
+    if (valid) {
+      const A target_z = logit_at<T, V>(p, row, id).z;
+      walk_logits<T, V, kAdjacent, true>(p, at, row, A(0), [&](const auto& run, auto& z) {
+        constexpr int kSize = sizeof(z) / sizeof(A);
+        A derivative[kSize];
+        transform_run<V>(p, run, z, derivative);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+          count += run.has(j) && (z[j] > target_z || (z[j] == target_z && run.column(j) < id)) ? 1.0 : 0.0;
+        }
+      });
+    }
+    if (kAdjacent) count = sum_over_warp(count);
+    __syncthreads();
+    if (!kAdjacent || shared.lane == 0) counts[shared.part(p, at)] = count;
+    __syncthreads();
+    if (!shared.is_leader || !at.there) continue;
+    double total = 0.0;
+    for (int w = 0; w < p.warps_per_row; ++w) total += counts[shared.part(p, at) + w * shared.kStep];
+    out.rank[at.row * p.ids.k + i] = valid ? static_cast<int64_t>(total) : -1;
+  }
+}
+
+template <class T, bool kAdjacent>
+FASTLOSS_KERNEL(kThreads, 1)
+soft_gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source,
+                     const double* saved) {
+  using V = typename AccumulatedIn<T>::V;
+  using A = typename V::T;
+  const Place at = place(p);
+  if (!at.there) return;
+  const T* row = row_of<const T>(p, p.logits, at.row);
+  const A scale = static_cast<A>(upstream_of(source, at.row) * (1.0 - loss.label_smoothing));
+  const A max = static_cast<A>(saved[3 * at.row]);
+  const A log_sum = static_cast<A>(log1p_nonnegative<CudaF64>(saved[3 * at.row + 1]));
+  walk_logits<T, V, kAdjacent, true>(p, at, row, A(0), [&](const auto& run, auto& z) {
+    constexpr int kSize = sizeof(z) / sizeof(A);
+    A derivative[kSize], w[kSize];
+    transform_run<V>(p, run, z, derivative);
+    load_per_class(static_cast<const A*>(p.weight), run, w);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) z[i] = soft_gradient_at<V>(z[i], w[i], max, log_sum, scale);
+    store_any(p, z, run, p.grad, at.row);
+  });
+}
+
+// ---- launches --------------------------------------------------------------------------------------------------------------
+
+inline LaunchShape shape_of(const Problem& p) {
+  const int64_t rows = p.threads / kWarp / p.warps_per_row * (p.adjacent ? 1 : kWarp);
+  return {(p.rows + rows - 1) / rows, p.parts, p.threads};
+}
+
+// Calls f with the constants that choose a kernel: (adjacent, full).
+template <class F>
+void choose(const Problem& p, bool full, F f) {
+  if (p.adjacent) {
+    full ? f(std::true_type{}, std::true_type{}) : f(std::true_type{}, std::false_type{});
+  } else {
+    full ? f(std::false_type{}, std::true_type{}) : f(std::false_type{}, std::false_type{});
+  }
+}
+
+template <class T>
+void launch_scan(const Problem& p, const Loss& loss, const Statistics& out, const GradientSource* source, cudaStream_t stream) {
+  choose(p, is_full(p), [&](auto adjacent, auto full) {
+    if (source) {
+      launch(scan_kernel<T, adjacent.value, full.value, true>, shape_of(p), stream, p, loss, out, *source);
+    } else {
+      launch(scan_kernel<T, adjacent.value, full.value, false>, shape_of(p), stream, p, loss, out, GradientSource{});
+    }
+  });
+}
+
+template <class T>
+void launch_merge(const Problem& p, const Loss& loss, const Statistics& out, cudaStream_t stream) {
+  launch(merge_kernel<T>, {p.rows, 1, kWarp}, stream, p, loss, out);
+}
+
+template <class T>
+void launch_rank(const Problem& p, const Statistics& out, cudaStream_t stream) {
+  p.adjacent ? launch(rank_kernel<T, true>, shape_of(p), stream, p, out)
+             : launch(rank_kernel<T, false>, shape_of(p), stream, p, out);
+}
+
+template <class T>
+void launch_gradient(const Problem& p, const Loss& loss, const GradientSource& source, const double* saved,
+                     cudaStream_t stream) {
+  choose(p, is_full(p) || source.coefficients, [&](auto adjacent, auto full) {
+    launch(gradient_kernel<T, adjacent.value, full.value>, shape_of(p), stream, p, loss, source, saved);
+  });
+}
+
+template <class T>
+void launch_soft_gradient(const Problem& p, const Loss& loss, const GradientSource& source, const double* saved,
+                          cudaStream_t stream) {
+  p.adjacent ? launch(soft_gradient_kernel<T, true>, shape_of(p), stream, p, loss, source, saved)
+             : launch(soft_gradient_kernel<T, false>, shape_of(p), stream, p, loss, source, saved);
+}
+
+template <class T>
+constexpr KernelTable kernel_table() {
+  return {&launch_scan<T>, &launch_merge<T>, &launch_rank<T>, &launch_gradient<T>, &launch_soft_gradient<T>};
+}
+
+}  // namespace
+}  // namespace fastloss

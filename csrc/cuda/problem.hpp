@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// One call as the kernels take it: by value, as a kernel parameter.
+#pragma once
+
+#include "../kernels.hpp"
+
+namespace fastloss {
+
+constexpr int kThreads = 256;  // of a block
+constexpr int kOneTripThreads =
+    512;                      // of one that comes back to its row: fewer rows at a time, so that all stay in the L2 cache
+constexpr int kMaxAxes = 16;  // of rows that do not lie behind each other
+
+// The rows of one tensor: `steps` along each axis of rows, in elements.
+struct Matrix {
+  char* data = nullptr;
+  Dtype dtype = kF32;
+  int64_t class_step = 1;
+  int64_t steps[kMaxAxes] = {};
+};
+
+struct DeviceIds {
+  const void* data = nullptr;  // null: none
+  int itemsize = 8;
+  int k = 0;
+};
+
+// What a warp knows of a row: sums over its columns, as the fields of PartialField; and the first of its maximal logits.
+struct Part {
+  double max, sum, rest, sum_x, sum_sq, weighted, weight, soft, soft_weight;
+  int64_t argmax;
+};
+
+struct Problem {
+  int64_t rows = 0, classes = 0;
+  int axes = 1;
+  int64_t extents[kMaxAxes] = {};
+  Matrix logits, soft, grad;  // `soft` and `grad` may have no data
+  Transform transform;
+  const void* weight = nullptr;  // inside sums over classes; null stands for ones
+  int want = 0;
+  DeviceIds ids;
+  // How threads share a row: `adjacent` where its classes lie side by side. Then the lanes of a warp take neighbouring classes
+  // of one row, else the same class of neighbouring rows.
+  bool adjacent = true;
+  int threads = kThreads;
+  int warps_per_row = 1;  // warps of a block that share a row, or 32 rows
+  int parts = 1;          // blocks that share them
+  Part* part = nullptr;   // [rows][parts * warps_per_row], where there is more than one part
+};
+
+// Whether a row needs more than exponentials of its logits as they are.
+inline bool is_full(const Problem& p) {
+  const Transform& t = p.transform;
+  return t.inv_temperature != 1.0 || t.softcap != 0.0 || t.bias || p.soft.data || p.weight ||
+         (p.want & (kWantEntropy | kWantSumSq | kWantWeighted));
+}
+
+// Cross-entropy. Ids out of range get NaN.
+struct Loss {
+  bool wanted = false;
+  int64_t ignore_index = 0;
+  double label_smoothing = 0.0, z_loss = 0.0;
+  const void* class_weight = nullptr;
+  void* losses = nullptr;  // one a row, double if `wide`, else of the accumulation type
+  bool wide = true;
+  double* saved = nullptr;  // [rows][3]: max, rest, mass
+};
+
+// Each may be null, as in StatsOutputs.
+struct Statistics {
+  void* logprob = nullptr;
+  void* logsumexp = nullptr;
+  void* entropy = nullptr;
+  void* mean_logit = nullptr;
+  void* sum_sq_prob = nullptr;
+  void* max_prob = nullptr;
+  int64_t* argmax = nullptr;
+  int64_t* rank = nullptr;
+  double* saved = nullptr;
+};
+
+struct DeviceUpstream {
+  const void* data = nullptr;  // null: 1
+  Dtype dtype = kF32;
+  int64_t step = 0;
+};
+
+// Where the coefficients of the gradient come from: the loss, times *scale and the upstream gradient, or from memory.
+struct GradientSource {
+  const double* scale = nullptr;  // null: 1
+  DeviceUpstream upstream;
+  const double* coefficients = nullptr;  // [rows][4]
+  const double* g = nullptr;             // [rows][k]
+};
+
+}  // namespace fastloss

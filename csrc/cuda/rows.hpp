@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is worked out once a row: its loss or its statistics from the sums, and the coefficients of its gradient.
+#pragma once
+
+#include "statistics.hpp"
+
+namespace fastloss {
+namespace {
+
+template <class A>
+__device__ inline void write(void* out, int64_t i, double value) {
+  if (out) static_cast<A*>(out)[i] = static_cast<A>(value);
+}
+
+template <class A>
+__device__ inline A per_class(const void* values, int64_t column, A missing) {
+  return values ? static_cast<const A*>(values)[column] : missing;
+}
+
+// z at one place of a row, and dz/dx.
+template <class T, class V>
+__device__ inline Transformed<V> logit_at(const Problem& p, const T* row, int64_t column) {
+  using A = typename V::T;
+  const A x = number(row[column * p.logits.class_step]);
+  if (is_identity(p.transform)) return {x, A(1)};
+  return transform<V>(p.transform, x, per_class<A>(p.transform.bias, column, A(0)));
+}
+
+// The target of a row of a cross-entropy. An id out of range is never used as a place: its row gets NaN.
+struct Label {
+  int64_t id;
+  bool ignored, valid;
+  double weight;  // w_y
+};
+
+template <class A>
+__device__ inline Label label_of(const Problem& p, const Loss& loss, int64_t row) {
+  if (!p.ids.data) return {0, false, true, 1.0};
+  const int64_t id = id_at(p.ids, row);
+  const bool valid = id >= 0 && id < p.classes;
+  return {id, id == loss.ignore_index, valid, valid ? per_class<A>(loss.class_weight, id, A(1)) : 1.0};
+}
+
+// One thread a row calls this. `stats` counts only where the row is not ignored.
+template <class T, class V>
+__device__ inline void finish_loss(const Problem& p, const Loss& loss, int64_t row, const RowStats& stats) {
+  using A = typename V::T;
+  const Label label = label_of<A>(p, loss, row);
+  const CrossEntropyOptions options{loss.label_smoothing, loss.z_loss};
+  SavedRow saved = {0.0, 0.0, 0.0};
+  double value = 0.0;
+  if (!p.ids.data) {
+    value = cross_entropy_of_soft_target(options, p.classes, stats, &saved);
+  } else if (!label.ignored && !label.valid) {
+    value = __builtin_nan("");
+    saved = {value, value, value};
+  } else if (!label.ignored) {
+    const double z = logit_at<T, V>(p, row_of<const T>(p, p.logits, row), label.id).z;
+    value = cross_entropy_of_id(options, p.classes, stats, z, label.weight, &saved);
+  }
+  if (loss.wide) {
+    write<double>(loss.losses, row, value);
+  } else {
+    write<A>(loss.losses, row, value);
+  }
+  if (loss.saved) {
+    loss.saved[3 * row] = saved.max;
+    loss.saved[3 * row + 1] = saved.rest;
+    loss.saved[3 * row + 2] = saved.mass;
+  }
+}
+
+// The lanes that share the row call this together: they share its targets.
+template <class T, class V>
+__device__ inline void finish_statistics(const Problem& p, const Statistics& out, int64_t row, const RowStats& s, int lane,
+                                         int lanes) {
+  using A = typename V::T;
+  const bool valid = s.rest == s.rest;
+  for (int i = lane; out.logprob && i < p.ids.k; i += lanes) {
+    const int64_t id = id_at(p.ids, row * p.ids.k + i);
+    const bool there = id >= 0 && id < p.classes;
+    const double z = there ? logit_at<T, V>(p, row_of<const T>(p, p.logits, row), id).z : __builtin_nan("");
+    write<A>(out.logprob, row * p.ids.k + i, (z - s.max) - s.log_sum);
+  }
+  if (lane != 0) return;
+  write<A>(out.logsumexp, row, s.max + s.log_sum);
+  write<A>(out.entropy, row, s.log_sum - s.mean_x);
+  write<A>(out.mean_logit, row, valid ? s.max + s.weighted / static_cast<double>(p.classes) : s.rest);
+  write<A>(out.sum_sq_prob, row, valid ? s.sum_sq : s.rest);
+  write<A>(out.max_prob, row, 1.0 / (1.0 + s.rest));
+  if (out.argmax) out.argmax[row] = s.argmax;
+  if (out.saved) {
+    out.saved[3 * row] = s.max;
+    out.saved[3 * row + 1] = s.rest;
+    out.saved[3 * row + 2] = 0.0;
+  }
+}
+
+__device__ inline double upstream_of(const GradientSource& source, int64_t row) {
+  const DeviceUpstream& up = source.upstream;
+  return (source.scale ? *source.scale : 1.0) * (up.data ? element(up.data, up.dtype, row * up.step) : 1.0);
+}
+
+// Sets g of a lone target as well; K of them stay in memory.
+template <class A>
+__device__ inline GradientRow coefficients_of(const Problem& p, const Loss& loss, const GradientSource& source,
+                                              const double* saved, int64_t row, double& g) {
+  GradientRow out;
+  if (!loss.wanted) {
+    const double* c = source.coefficients + 4 * row;
+    out.max = saved[3 * row];
+    out.rest = saved[3 * row + 1];
+    out.a = c[0];
+    out.b = c[1];
+    out.c = c[2];
+    out.d = c[3];
+    for (int i = 0; i < p.ids.k; ++i) {
+      const int64_t id = id_at(p.ids, row * p.ids.k + i);
+      if (id < 0 || id >= p.classes) out.a = __builtin_nan("");
+    }
+    return out;
+  }
+  const Label label = label_of<A>(p, loss, row);
+  if (p.ids.data && label.ignored) {
+    out.zero = true;
+    return out;
+  }
+  const double u = upstream_of(source, row);
+  const SavedRow kept{saved[3 * row], saved[3 * row + 1], saved[3 * row + 2]};
+  out = cross_entropy_gradient({loss.label_smoothing, loss.z_loss}, p.classes, kept, label.weight, !p.ids.data, u);
+  g = u * label.weight * (1.0 - loss.label_smoothing);
+  return out;
+}
+
+}  // namespace
+}  // namespace fastloss

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA module, where it was built: as `_cpu`, with pointers of the GPU, and its index and the stream at the end."""
+
+from fastloss._cpu import Targets, Tensor, Transform, Upstream
+
+ARCHITECTURES: str
+
+def cross_entropy(
+    logits: Tensor,
+    target: Targets | None,
+    soft_target: Tensor | None,
+    weight: int,
+    transform: Transform,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: int,
+    denominator: float | None,
+    loss: int,
+    saved: int,
+    scale: int,
+    grad: Tensor | None,
+    workspace: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cross_entropy_backward(
+    logits: Tensor,
+    target: Targets | None,
+    soft_target: Tensor | None,
+    weight: int,
+    transform: Transform,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    scale: int,
+    saved: int,
+    upstream: Upstream,
+    grad: Tensor,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def soft_target_gradient(
+    logits: Tensor,
+    weight: int,
+    transform: Transform,
+    label_smoothing: float,
+    scale: int,
+    saved: int,
+    upstream: Upstream,
+    out: Tensor,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def statistics(
+    logits: Tensor,
+    target: Targets | None,
+    k: int,
+    transform: Transform,
+    outputs: tuple[int, ...],
+    saved: int,
+    workspace: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def gradient(
+    logits: Tensor,
+    saved: int,
+    coefficients: int,
+    target: Targets | None,
+    k: int,
+    target_coefficients: int,
+    transform: Transform,
+    grad: Tensor,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def device_count() -> int: ...
+def workspace_bytes(logits: Tensor, device: int, stream: int, /) -> int: ...
+def plan(logits: Tensor, device: int, stream: int, /) -> tuple[int, int, int]: ...
