@@ -184,12 +184,12 @@ def quantised():
         return torch.quantize_per_tensor(torch.zeros(4, 5), 0.1, 0, torch.qint8)
 
 
-def on_cuda(*tensors):
+def on_xpu(*tensors):
     """Tensors that say they are there, on machines without it too."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        return [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
+        return [torch.empty(t.shape, dtype=t.dtype, device="xpu") for t in tensors]
 
 
 def torch_only():
@@ -199,7 +199,7 @@ def torch_only():
     leaf = torch.zeros(4, 5, requires_grad=True)
     return {
         "sparse logits": (lambda: cross_entropy(x.to_sparse(), y), TypeError, ["sparse", "dense"]),
-        "logits on another device": (lambda: cross_entropy(*on_cuda(x, y)), NotImplementedError, ["cuda", "CPU"]),
+        "logits on another device": (lambda: cross_entropy(*on_xpu(x, y)), NotImplementedError, ["xpu", "CPU", "CUDA"]),
         "target on another device": (
             lambda: cross_entropy(x, y.to("meta")),
             (TypeError, ValueError),

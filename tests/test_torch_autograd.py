@@ -12,7 +12,10 @@ import fastloss.torch  # noqa: E402
 from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
 
 # torch.compile itself makes an instance of the class that it says must have none.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.usefixtures("device"),
+]
 
 ours, theirs = fastloss.torch.cross_entropy, F.cross_entropy
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from fastloss import _options
+from fastloss.torch import ops
 from fastloss.torch.ops import CODES, accumulation_dtype
 
 _IDS = (torch.int64, torch.int32)
 
 
-def check_logits(name: str, logits: Tensor) -> None:
-    """A dense floating-point tensor on the CPU."""
+def check_logits(name: str, logits: Tensor, cuda: bool = False) -> None:
+    """A dense floating-point tensor on the CPU; on a GPU too, where the function has kernels for it."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
     if logits.is_cpu and logits.dtype in CODES and logits.layout is torch.strided:
@@ -22,8 +23,12 @@ def check_logits(name: str, logits: Tensor) -> None:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {_kind(logits)}")
     if logits.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {logits.layout}")
-    if logits.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"{name} is on {logits.device}: fastloss.torch works on CPU tensors")
+    if cuda and logits.is_cuda:
+        if not torch.compiler.is_compiling():
+            ops.gpu()
+    elif logits.device.type not in ("cpu", "meta"):
+        places = "CPU and CUDA tensors" if cuda else "CPU tensors"
+        raise NotImplementedError(f"{name} is on {logits.device}: this function of fastloss.torch works on {places}")
 
 
 def check_rows_target(logits: Tensor, target: Tensor, dim: int) -> Tensor:

@@ -61,7 +61,7 @@ class CrossEntropy(Function):
         logits, target, weight, bias, saved, *scale = ctx.saved_tensors
         needs_logits, needs_target = ctx.needs_input_grad[:2]
         if ctx.scale is None or ops.is_batched_by_autograd(upstream):
-            factor = scale[0] if scale else torch.tensor(ctx.scale, dtype=torch.float64, device=ops.CPU)
+            factor = scale[0] if scale else ops.as_tensor(ctx.scale)
             tensors = (upstream, logits, target, weight, bias, saved, factor)
             by_logits = _gradient_op(LOGITS, tensors, ctx.options) if needs_logits else None
             by_target = _gradient_op(TARGET, tensors, ctx.options) if needs_target else None
@@ -71,7 +71,7 @@ class CrossEntropy(Function):
                 raise RuntimeError(
                     "inplace=True overwrites the logits, so the gradient cannot be differentiated (create_graph=True)"
                 )
-            factor = torch.tensor(ctx.scale, dtype=torch.float64, device=ops.CPU)
+            factor = ops.as_tensor(ctx.scale)
             tensors = (upstream, logits, target, weight, bias, saved, factor)
             return *_gradients(tensors, ctx.options, needs_logits, needs_target), None
         arguments = (upstream, logits, target, weight, bias, saved, ctx.scale, ctx.options)

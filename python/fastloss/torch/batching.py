@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastloss._options import MEAN, NONE
 from fastloss.torch import linear_ops
-from fastloss.torch.ops import CODES, CPU, accumulation_dtype
+from fastloss.torch.ops import CODES, accumulation_dtype
 
 
 def _front(value: Any, in_dim: int | None, size: int) -> Any:
@@ -73,7 +73,7 @@ def _row_gradient_vmap(op: Any) -> Any:
         rows = saved.shape[:-1]
         factor = upstream.reshape(size, *upstream.shape[1:]) * scale.reshape(size, *[1] * (upstream.ndim - 1))
         factor = factor.reshape(size, *([1] * (len(rows) - 1) if upstream.ndim == 1 else rows[1:])).expand(rows)
-        one = torch.ones((), dtype=torch.float64, device=CPU)
+        one = torch.ones((), dtype=torch.float64, device=upstream.device)
         out = op(
             factor.contiguous(),
             logits,

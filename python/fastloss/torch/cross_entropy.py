@@ -74,8 +74,8 @@ def cross_entropy(
     Raises:
         TypeError: a dtype that is not supported.
         ValueError: shapes or options that do not fit, `inplace` on a leaf that needs a gradient.
-        IndexError: a class id out of range.
-        NotImplementedError: tensors that are not on the CPU.
+        IndexError: a class id out of range. On a GPU its row becomes NaN instead, but with `FASTLOSS_DEBUG=1`.
+        NotImplementedError: tensors on other devices than the CPU and, where fastloss was built for it, CUDA.
 
     Example:
         >>> import torch
@@ -91,7 +91,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
-    check_logits("input", input)
+    check_logits("input", input, cuda=True)
     class_dim = _options.class_axis(dim, input.shape, "dim", "input")
     target = check_rows_target(input, target, class_dim)
     if weight is not None:

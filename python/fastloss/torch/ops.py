@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors to kernels: pointers are seen here, and in what linear cross-entropy adds (`linear_ops`, `matmul`), and nowhere else.
 
-Each operation is a plain function over CPU tensors. The same function, registered as an operator of PyTorch, serves tracing,
-`torch.compile` and `vmap`; in eager mode the callers skip the dispatcher, which costs more than a small loss does.
+Each operation is a plain function over CPU tensors; those of a GPU it hands on to `fastloss.torch.cuda`. The same function,
+registered as an operator of PyTorch, serves tracing, `torch.compile` and `vmap`; in eager mode the callers skip the dispatcher,
+which costs more than a small loss does.
 
 Statistics of rows (`saved`, coefficients) have the shape of the logits without the class dimension, and one more at the end.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,15 +52,22 @@ class Options(NamedTuple):
 
 
 def eager(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary CPU tensors that nobody traces or transforms, so that the kernels may be called at once."""
+    """Whether these are ordinary tensors that nobody traces or transforms, so that the kernels may be called at once."""
     if torch.compiler.is_compiling() or _functorch_active() or _dispatch_modes():
         return False
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _TENSORS or not tensor.is_cpu or tensor.is_neg():
+        if type(tensor) not in _TENSORS or not (tensor.is_cpu or tensor.is_cuda) or tensor.is_neg():
             return False
     return True
+
+
+def gpu() -> ModuleType:
+    """The functions of this file for CUDA tensors; raises where fastloss was built without them."""
+    from fastloss.torch import cuda
+
+    return cuda
 
 
 def describe(tensor: Tensor, dim: int) -> _cpu.Tensor:
@@ -85,7 +94,7 @@ def address(tensor: Tensor | None) -> int:
 
 def fresh(like: Tensor) -> Tensor:
     """An uninitialised tensor with the shape, dtype and memory order of another; a large one in recycled memory."""
-    if like.nbytes < RECYCLED_FROM:
+    if like.nbytes < RECYCLED_FROM or not like.is_cpu:
         return torch.empty_like(like)
     return _recycled(like.nbytes, like.dtype).as_strided(like.shape, torch.empty_like(like, device="meta").stride())
 
@@ -114,11 +123,17 @@ def cross_entropy(
     keep: bool,
     grad: Tensor | None = None,
     sampled: _cpu.SampledGradient | None = None,
-) -> tuple[Tensor, Tensor | None, float]:
+) -> tuple[Tensor, Tensor | None, float | Tensor]:
     """The loss, what backward needs of each row (max, rest, mass) if `keep`, and the factor 1 / denominator.
 
-    The gradient by the logits comes from the same trip: all of it in `grad`, which may be the logits, or a sample.
+    The gradient by the logits comes from the same trip: all of it in `grad`, which may be the logits, or a sample. On a GPU the
+    factor is a tensor, and there is no sample.
     """
+    if not logits.is_cpu:
+        on_gpu: tuple[Tensor, Tensor | None, Tensor] = gpu().cross_entropy(
+            logits, target, weight, bias, options, reduction, denominator, keep, grad
+        )
+        return on_gpu
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     rows = row_shape(logits.shape, dim)
     # The quickest ways to a scalar and to a small tensor: a small loss takes less time than torch.empty does.
@@ -152,11 +167,14 @@ def cross_entropy_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
-    scale: float,
+    scale: float | Tensor,
     options: Options,
     inplace: bool = False,
 ) -> Tensor:
     """The gradient by the logits; over the logits themselves with `inplace`."""
+    if not logits.is_cpu:
+        on_gpu: Tensor = gpu().cross_entropy_backward(upstream, logits, target, weight, bias, saved, scale, options, inplace)
+        return on_gpu
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     grad = logits if inplace else fresh(logits)
     ids, soft = targets_of(target, dim)
@@ -170,7 +188,7 @@ def cross_entropy_backward(
         ignore_index,
         label_smoothing,
         z_loss,
-        scale,
+        scale,  # type: ignore[arg-type]  # a float on the CPU
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
         describe(grad, dim),
@@ -185,10 +203,13 @@ def soft_target_gradient(
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
-    scale: float,
+    scale: float | Tensor,
     options: Options,
 ) -> Tensor:
     """The gradient by target probabilities."""
+    if not logits.is_cpu:
+        on_gpu: Tensor = gpu().soft_target_gradient(upstream, logits, target, weight, bias, saved, scale, options)
+        return on_gpu
     out = fresh(target)
     upstream = upstream.resolve_neg().contiguous()
     _cpu.soft_target_gradient(
@@ -196,7 +217,7 @@ def soft_target_gradient(
         address(weight),
         (options.temperature, options.softcap, address(bias)),
         options.label_smoothing,
-        scale,
+        scale,  # type: ignore[arg-type]  # a float on the CPU
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
         describe(out, options.dim),
@@ -219,6 +240,9 @@ def statistics(
     k = 1 if target is None or target.ndim == len(rows) else target.shape[-1]
     if target is not None:
         target = target.contiguous()
+    if not logits.is_cpu:
+        gpu().statistics(logits, target, k, bias, dim, softcap, temperature, outputs, want)
+        return outputs
     _cpu.statistics(
         describe(logits, dim),
         ids_of(target),
@@ -250,6 +274,9 @@ def gradient(
     saved, coefficients = saved.contiguous(), coefficients.contiguous()
     if target_coefficients is not None:
         target_coefficients = target_coefficients.contiguous()
+    if not logits.is_cpu:
+        gpu().gradient(logits, saved, coefficients, target, k, target_coefficients, bias, dim, softcap, temperature, grad)
+        return grad
     _cpu.gradient(
         describe(logits, dim),
         saved.data_ptr(),
@@ -303,7 +330,12 @@ def _cross_entropy_op(
     *options, reduction, denominator = rest
     loss, saved, scale = cross_entropy(logits, target, weight, bias, Options(*options), reduction, denominator, True)
     assert saved is not None
-    return loss, saved, torch.tensor(scale, dtype=torch.float64, device=CPU)
+    return loss, saved, as_tensor(scale)
+
+
+def as_tensor(scale: float | Tensor) -> Tensor:
+    """The factor of a loss as the operators take it."""
+    return scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64, device=CPU)
 
 
 def _cross_entropy_fake(
@@ -317,16 +349,17 @@ def _cross_entropy_fake(
 def _row_gradient_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def op(*args: Any) -> Tensor:
         saved, scale, *options = args[5:]
-        return function(*args[:5], saved.contiguous(), scale.item(), Options(*options))
+        return function(*args[:5], saved.contiguous(), scale.item() if scale.is_cpu else scale, Options(*options))
 
     return op
 
 
-LIBRARY.impl("cross_entropy", _cross_entropy_op, "CPU")
-LIBRARY.impl("cross_entropy_backward", _row_gradient_op(cross_entropy_backward), "CPU")
-LIBRARY.impl("soft_target_gradient", _row_gradient_op(soft_target_gradient), "CPU")
-LIBRARY.impl("statistics", statistics, "CPU")
-LIBRARY.impl("gradient", gradient, "CPU")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("cross_entropy", _cross_entropy_op, _device)
+    LIBRARY.impl("cross_entropy_backward", _row_gradient_op(cross_entropy_backward), _device)
+    LIBRARY.impl("soft_target_gradient", _row_gradient_op(soft_target_gradient), _device)
+    LIBRARY.impl("statistics", statistics, _device)
+    LIBRARY.impl("gradient", gradient, _device)
 torch.library.register_fake("fastloss::cross_entropy", _cross_entropy_fake)
 torch.library.register_fake("fastloss::cross_entropy_backward", lambda upstream, logits, *rest: torch.empty_like(logits))
 torch.library.register_fake("fastloss::soft_target_gradient", lambda upstream, logits, target, *rest: torch.empty_like(target))

@@ -26,7 +26,7 @@ def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tens
     z = transformed(logits, dim, softcap, temperature, bias)
     lse = torch.logsumexp(z, -1)
     gap = lse.unsqueeze(-1) - z
-    weights = torch.ones(z.shape[-1], dtype=z.dtype) if weight is None else weight
+    weights = torch.ones(z.shape[-1], dtype=z.dtype, device=z.device) if weight is None else weight
     smooth = smoothing / z.shape[-1] * (weights * gap).sum(-1) if smoothing else torch.zeros_like(lse)
     if target.dtype in CODES:
         probabilities = target.movedim(dim, -1).to(z.dtype)

@@ -48,8 +48,8 @@ def logit_stats(
     Raises:
         TypeError: a dtype that is not supported.
         ValueError: shapes, names or options that do not fit.
-        IndexError: a class id out of range.
-        NotImplementedError: tensors that are not on the CPU.
+        IndexError: a class id out of range. On a GPU its row becomes NaN instead, but with `FASTLOSS_DEBUG=1`.
+        NotImplementedError: tensors on other devices than the CPU and, where fastloss was built for it, CUDA.
 
     Example:
         >>> import torch
@@ -57,7 +57,7 @@ def logit_stats(
         >>> print(stats.logprob.exp(), stats.entropy.exp())
         tensor([0.1250, 0.1250]) tensor([8., 8.])
     """
-    check_logits("logits", logits)
+    check_logits("logits", logits, cuda=True)
     class_dim = _options.class_axis(dim, logits.shape, "dim", "logits")
     heat, cap = _options.transform_options(temperature, softcap)
     names = _options.wanted_statistics(want, target is not None)
@@ -105,7 +105,7 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
         tensor([[0.2500, 0.2500],
                 [0.2500, 0.2500]])
     """
-    check_logits("logits", logits)
+    check_logits("logits", logits, cuda=True)
     _check_ids(index, logits, logits.ndim - 1, "index")
     logprob: Tensor = logit_stats(logits, index, want=("logprob",), temperature=temperature).logprob
     return logprob

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of a GPU to its kernels: the functions of `ops` that see a pointer, for CUDA. Imported at the first CUDA tensor.
+
+Nothing here waits for the GPU, and all memory is PyTorch's: work goes to PyTorch's current stream, so that side streams and
+CUDA graphs hold. That is why the factor `scale` of the mean stays on the GPU, and why a class id out of range cannot raise: its
+row becomes NaN. With the environment variable `FASTLOSS_DEBUG=1` every call checks its ids, at the price of waiting.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from fastloss._options import NONE, row_shape
+from fastloss.torch import ops
+from fastloss.torch.ops import CODES, Options, accumulation_dtype
+
+try:
+    from fastloss import _cuda
+except ImportError as error:
+    raise NotImplementedError(
+        "a tensor is on a CUDA device, but this build of fastloss has no CUDA kernels: build it where nvcc is found, "
+        "or with FASTLOSS_CUDA=ON to see what is missing"
+    ) from error
+
+if _cuda.device_count() == 0:
+    raise RuntimeError(
+        "fastloss finds no CUDA device, though PyTorch does: the driver may be too old for the CUDA version that fastloss "
+        "was built with"
+    )
+
+DEBUG = os.environ.get("FASTLOSS_DEBUG", "0") not in ("", "0")
+
+
+def _where(tensor: Tensor) -> tuple[int, int]:
+    return tensor.device.index or 0, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _workspace(logits: Tensor, dim: int, where: tuple[int, int]) -> Tensor:
+    return torch.empty(_cuda.workspace_bytes(ops.describe(logits, dim), *where), dtype=torch.uint8, device=logits.device)
+
+
+def check_ids(target: Tensor, classes: int, ignore_index: int | None) -> None:
+    """Raises IndexError for the first class id out of range; waits for the GPU."""
+    wrong = (target < 0) | (target >= classes)
+    if ignore_index is not None:
+        wrong &= target != ignore_index
+    places = wrong.flatten().nonzero()
+    if len(places):
+        place = int(places[0])
+        raise IndexError(f"target[{place}] = {int(target.flatten()[place])} is out of range for {classes} classes")
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+    reduction: int,
+    denominator: float | None,
+    keep: bool,
+    grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As `ops.cross_entropy`, with the factor 1 / denominator as a tensor."""
+    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
+    if DEBUG and target.dtype not in CODES:
+        check_ids(target, logits.shape[dim], ignore_index)
+    rows = row_shape(logits.shape, dim)
+    loss = logits.new_empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype))
+    saved = logits.new_empty((*rows, 3), dtype=torch.float64) if keep else None
+    scale = logits.new_empty((), dtype=torch.float64)
+    where = _where(logits)
+    room = _workspace(logits, dim, where)
+    ids, soft = ops.targets_of(target, dim)
+    _cuda.cross_entropy(
+        ops.describe(logits, dim),
+        ids,
+        soft,
+        ops.address(weight),
+        (temperature, softcap, ops.address(bias)),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        reduction,
+        denominator,
+        loss.data_ptr(),
+        ops.address(saved),
+        scale.data_ptr(),
+        None if grad is None else ops.describe(grad, dim),
+        room.data_ptr(),
+        *where,
+    )
+    return loss, saved, scale
+
+
+def cross_entropy_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    scale: Tensor,
+    options: Options,
+    inplace: bool = False,
+) -> Tensor:
+    """As `ops.cross_entropy_backward`."""
+    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
+    grad = logits if inplace else ops.fresh(logits)
+    ids, soft = ops.targets_of(target, dim)
+    upstream = upstream.resolve_neg().contiguous()
+    _cuda.cross_entropy_backward(
+        ops.describe(logits, dim),
+        ids,
+        soft,
+        ops.address(weight),
+        (temperature, softcap, ops.address(bias)),
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        scale.data_ptr(),
+        saved.data_ptr(),
+        (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
+        ops.describe(grad, dim),
+        *_where(logits),
+    )
+    return grad
+
+
+def soft_target_gradient(
+    upstream: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    scale: Tensor,
+    options: Options,
+) -> Tensor:
+    """As `ops.soft_target_gradient`."""
+    out = ops.fresh(target)
+    upstream = upstream.resolve_neg().contiguous()
+    _cuda.soft_target_gradient(
+        ops.describe(logits, options.dim),
+        ops.address(weight),
+        (options.temperature, options.softcap, ops.address(bias)),
+        options.label_smoothing,
+        scale.data_ptr(),
+        saved.data_ptr(),
+        (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
+        ops.describe(out, options.dim),
+        *_where(logits),
+    )
+    return out
+
+
+def statistics(
+    logits: Tensor,
+    target: Tensor | None,
+    k: int,
+    bias: Tensor | None,
+    dim: int,
+    softcap: float,
+    temperature: float,
+    outputs: list[Tensor],
+    want: list[bool],
+) -> None:
+    """Fills the outputs of `ops.statistics`; `target` is contiguous."""
+    if DEBUG and target is not None:
+        check_ids(target, logits.shape[dim], None)
+    where = _where(logits)
+    room = _workspace(logits, dim, where)
+    _cuda.statistics(
+        ops.describe(logits, dim),
+        ops.ids_of(target),
+        k,
+        (temperature, softcap, ops.address(bias)),
+        tuple(out.data_ptr() if wanted else 0 for out, wanted in zip(outputs, want, strict=False)),
+        outputs[-1].data_ptr(),
+        room.data_ptr(),
+        *where,
+    )
+
+
+def gradient(
+    logits: Tensor,
+    saved: Tensor,
+    coefficients: Tensor,
+    target: Tensor | None,
+    k: int,
+    target_coefficients: Tensor | None,
+    bias: Tensor | None,
+    dim: int,
+    softcap: float,
+    temperature: float,
+    grad: Tensor,
+) -> None:
+    """Fills the gradient of `ops.gradient`, from contiguous numbers of rows."""
+    # A thread can keep one target while it overwrites the logits.
+    out = ops.fresh(logits) if grad is logits and k > 1 else grad
+    _cuda.gradient(
+        ops.describe(logits, dim),
+        saved.data_ptr(),
+        coefficients.data_ptr(),
+        ops.ids_of(target),
+        k,
+        ops.address(target_coefficients),
+        (temperature, softcap, ops.address(bias)),
+        ops.describe(out, dim),
+        *_where(logits),
+    )
+    if out is not grad:
+        grad.copy_(out)
