@@ -29,6 +29,21 @@ def isa(request):
     fastloss._cpu.set_isa(before)
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """The test runs once on each device that PyTorch finds: new tensors go there."""
+    if request.param == "cpu":
+        yield request.param
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
+
+
 @pytest.fixture
 def set_threads():
     """A function that sets the number of threads; the number of before comes back after the test."""

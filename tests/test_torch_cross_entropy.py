@@ -28,6 +28,8 @@ from torch_helpers import (  # noqa: E402
     seeded_probabilities,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 SHAPES = [(5,), (4, 5), (4, 5, 3), (2, 5, 3, 4), (2, 5, 1, 2, 3), (1, 1), (3, 1, 2)]
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-14}
 FLOAT32 = {"rtol": 2.0**-20, "atol": 2.0**-22}  # PyTorch rounds to float32 here; the exact bounds are in test_accuracy

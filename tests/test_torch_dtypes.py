@@ -12,6 +12,8 @@ import rows  # noqa: E402
 from helpers import DTYPES, assert_cross_entropy_contract  # noqa: E402
 from torch_helpers import TORCH_DTYPES, array, seeded, seeded_ids, seeded_probabilities  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def tensor_of(values):
     if values.dtype == DTYPES["bfloat16"]:

@@ -14,6 +14,8 @@ from helpers import assert_gradient_close, transform_extra  # noqa: E402
 from reference import Options  # noqa: E402
 from torch_helpers import array, same_bits, seeded, seeded_ids  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ALL = ("logprob", "logsumexp", "entropy", "mean_logit", "sum_sq_prob", "max_prob", "argmax", "rank")
 DIFFERENTIABLE = ALL[:6]
 DTYPES = ["float32", "float64", "float16", "bfloat16"]

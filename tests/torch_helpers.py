@@ -19,7 +19,7 @@ def array(tensor):
 
 
 def wide(tensor):
-    return reference.wide(tensor.detach().to(torch.float64).numpy())
+    return reference.wide(tensor.detach().cpu().to(torch.float64).numpy())
 
 
 def oracle_options(weight=None, logit_bias=None, **options):
@@ -36,13 +36,16 @@ def same_bits(one, other):
     return one.dtype == other.dtype and one.shape == other.shape and array(one).tobytes() == array(other).tobytes()
 
 
+# The same numbers on every device; tensors go to that of the fixture `device`.
 def seeded(*shape, seed=0, scale=3.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed + 1000003 * len(shape) + sum(shape))
-    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+    values = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (scale * values).to(dtype).to(torch.get_default_device())
 
 
 def seeded_ids(classes, *shape, seed=0):
-    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    ids = torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed + sum(shape)), device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def seeded_probabilities(*shape, dim=1, seed=0):

@@ -13,25 +13,17 @@ import os
 import torch
 from torch import Tensor
 
+from fastloss import _cuda
 from fastloss._options import NONE, row_shape
 from fastloss.torch import ops
 from fastloss.torch.ops import CODES, Options, accumulation_dtype
 
-try:
-    from fastloss import _cuda
-except ImportError as error:
-    raise NotImplementedError(
-        "a tensor is on a CUDA device, but this build of fastloss has no CUDA kernels: build it where nvcc is found, "
-        "or with FASTLOSS_CUDA=ON to see what is missing"
-    ) from error
-
-if _cuda.device_count() == 0:
-    raise RuntimeError(
-        "fastloss finds no CUDA device, though PyTorch does: the driver may be too old for the CUDA version that fastloss "
-        "was built with"
-    )
-
 DEBUG = os.environ.get("FASTLOSS_DEBUG", "0") not in ("", "0")
+
+
+def device_count() -> int:
+    """How many GPUs the kernels could run on."""
+    return _cuda.device_count()
 
 
 def _where(tensor: Tensor) -> tuple[int, int]:

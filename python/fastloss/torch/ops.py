@@ -64,9 +64,19 @@ def eager(*tensors: Tensor | None) -> bool:
 
 
 def gpu() -> ModuleType:
-    """The functions of this file for CUDA tensors; raises where fastloss was built without them."""
-    from fastloss.torch import cuda
-
+    """The functions of this file for CUDA tensors; raises where fastloss was built without them, or they find no device."""
+    try:
+        from fastloss.torch import cuda
+    except ImportError as error:
+        raise NotImplementedError(
+            "a tensor is on a CUDA device, but this build of fastloss has no CUDA kernels: build it where nvcc is found, "
+            "or with FASTLOSS_CUDA=ON to see what is missing"
+        ) from error
+    if cuda.device_count() == 0:
+        raise RuntimeError(
+            "fastloss finds no CUDA device, though PyTorch does: the driver may be too old for the CUDA version that fastloss "
+            "was built with"
+        )
     return cuda
 
 

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks.gpu`: losses and gradients on this machine's GPU, beside the bandwidth of a copy in the same run.
+
+Every answer is checked against float64 first. Times are medians of CUDA events over rounds in which each peer runs once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastloss
+from benchmarks.gpu_peers import PEERS, LossFunction
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 15
+# Rows whose answers are checked, and how far off the loss (relative) and gradient entries (of the largest one) may be.
+CHECKED_ROWS = 64
+LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+# Passes over the logits: what the operation must move, in units of their bytes.
+UNITS = {"loss": 1, "gradient": 3, "gradient in place": 3, "one trip in place": 2, "logprob and entropy": 1}
+
+
+class Job(NamedTuple):
+    """`prepare` stands outside the timer."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+Jobs = dict[tuple[str, str], Job]  # by operation and peer
+
+
+class Case(NamedTuple):
+    """Logits with classes in dimension 1."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """As it stands in the tables."""
+        return f"{' x '.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def nbytes(self) -> int:
+        """Of the logits."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+CASES = (
+    Case((16384, 131072), torch.bfloat16),
+    Case((8192, 262144), torch.bfloat16),
+    Case((8192, 151936), torch.bfloat16),
+    Case((8192, 131072), torch.float32),
+    Case((8, 150, 256, 256), torch.bfloat16),
+)
+
+
+def main() -> None:
+    """Prints tables, writes JSON and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--seconds", type=float, default=110, help="no new case is begun after so long")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    for case in CASES[: arguments.cases]:
+        if time.monotonic() - start > arguments.seconds:
+            print(f"{case.name}: left out, {arguments.seconds:.0f} s are over")
+            continue
+        if 5 * case.nbytes > torch.cuda.mem_get_info()[0]:
+            print(f"{case.name}: left out, too little memory")
+            continue
+        found = measure(case)
+        print_table(case, found)
+        rows += found
+    if not rows:
+        return
+    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    path = RESULTS / f"cuda-{gpu}.json"
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    print(f"wrote {path}")
+    plot(rows, path.with_suffix(".png"))
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "build": fastloss.build_info()["cuda"],
+        "commit": commit or "unknown",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def measure(case: Case) -> list[dict[str, Any]]:
+    """One row for each operation of each peer that answers rightly, and the copy."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(case.shape, dtype=case.dtype, device="cuda")
+    target = torch.randint(case.shape[1], (case.shape[0], *case.shape[2:]), device="cuda")
+    work = torch.empty_like(logits)  # what is overwritten; filled again before each run
+    jobs: Jobs = {}
+    rows: list[dict[str, Any]] = []
+    for peer, make in PEERS.items():
+        try:
+            operations = make()
+        except ImportError as error:
+            rows.append({"case": case.name, "peer": peer, "missing": str(error)})
+            continue
+        for operation, function in operations.items():
+            wrong = what_is_wrong(function, operation, case)
+            if wrong:
+                rows.append({"case": case.name, "peer": peer, "operation": operation, "wrong": wrong})
+            else:
+                jobs[operation, peer] = job(function, operation, logits, work, target)
+    jobs |= own_jobs(logits, work, target)
+    jobs["copy", "copy"] = Job(lambda: work.copy_(logits))
+    times = interleave(jobs)
+    copy = 2 * case.nbytes / times["copy", "copy"]
+    for (operation, peer), seconds in times.items():
+        rate = UNITS.get(operation, 2) * case.nbytes / seconds
+        rows.append(
+            {
+                "case": case.name,
+                "peer": peer,
+                "operation": operation,
+                "ms": seconds * 1e3,
+                "gb_per_s": rate / 1e9,
+                "percent_of_copy": 100 * rate / copy,
+                "times_fastloss": seconds / times.get((operation, "fastloss"), seconds),
+            }
+        )
+    return rows
+
+
+def own_jobs(logits: Tensor, work: Tensor, target: Tensor) -> Jobs:
+    """What fastloss alone offers: loss and gradient in one trip, and statistics."""
+    import fastloss.torch as fl
+    from fastloss._options import MEAN
+    from fastloss.torch import ops
+
+    def one_trip() -> object:
+        return ops.cross_entropy(work, target, None, None, ops.Options(1), MEAN, None, False, work)
+
+    return {
+        ("one trip in place", "fastloss"): Job(one_trip, lambda: work.copy_(logits)),
+        ("logprob and entropy", "fastloss"): Job(lambda: fl.logit_stats(logits, target, dim=1, want=("logprob", "entropy"))),
+    }
+
+
+def job(function: LossFunction, operation: str, logits: Tensor, work: Tensor, target: Tensor) -> Job:
+    """The timed work."""
+
+    def loss() -> object:
+        with torch.no_grad():
+            return function(logits, target)
+
+    def gradient() -> None:
+        leaf = logits.detach().requires_grad_()
+        function(leaf, target).backward()
+
+    def in_place() -> None:
+        leaf = work.detach().requires_grad_()
+        function(Overwritten.apply(leaf), target).backward()
+
+    if operation == "gradient in place":
+        return Job(in_place, lambda: work.copy_(logits))
+    return Job(loss if operation == "loss" else gradient)
+
+
+class Overwritten(torch.autograd.Function):
+    """Stands for the matmul that makes logits: the same memory as a non-leaf; the gradient goes nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        """Gives out the memory of the leaf."""
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        """Drops the gradient."""
+        return
+
+
+def what_is_wrong(function: LossFunction, operation: str, case: Case) -> str | None:
+    """How loss or gradient of a few rows are off, or what the peer says; None where it answers rightly."""
+    try:
+        check(function, operation, case)
+    except (NotImplementedError, RuntimeError, AssertionError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"[:300]
+    return None
+
+
+def check(function: LossFunction, operation: str, case: Case) -> None:
+    """Raises AssertionError where loss or gradient of a few rows are off."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (min(case.shape[0], CHECKED_ROWS), *case.shape[1:])
+    logits = 3 * torch.randn(shape, dtype=case.dtype, device="cuda", generator=generator)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), device="cuda", generator=generator)
+    if operation == "loss":
+        loss, grad = function(logits.clone(), target), None
+    else:
+        leaf = logits.clone().requires_grad_()
+        work = leaf * 1
+        work.retain_grad()
+        loss = function(work, target)
+        loss.backward()
+        grad = work.grad
+    exact = logits.to(torch.float64).requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, target)
+    expected.backward()
+    assert abs(float(loss) / float(expected) - 1) <= LOSS_TOLERANCE[case.dtype], f"loss {float(loss)}, not {float(expected)}"
+    if grad is not None and exact.grad is not None:
+        error = float((grad.to(torch.float64) - exact.grad).abs().max() / exact.grad.abs().max())
+        assert error <= GRADIENT_TOLERANCE[case.dtype], f"gradient off by {error:.1e} of its largest entry"
+
+
+def interleave(jobs: Jobs) -> dict[tuple[str, str], float]:
+    """Seconds, medians over rounds."""
+    samples: dict[tuple[str, str], list[float]] = {name: [] for name in jobs}
+    for turn in range(ROUNDS + 2):
+        for name, timed in jobs.items():
+            timed.prepare()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            timed.run()
+            end.record()
+            end.synchronize()
+            if turn >= 2:  # the first rounds warm up
+                samples[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: statistics.median(seconds) for name, seconds in samples.items()}
+
+
+def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
+    """One line a row."""
+    print(f"\n{case.name}\n{'operation':<22}{'peer':<16}{'ms':>9}{'GB/s':>8}{'% copy':>8}{'/ fastloss':>11}")
+    for row in rows:
+        if "ms" not in row:
+            print(f"{row.get('operation', ''):<22}{row['peer']:<16}{row.get('wrong', row.get('missing'))}")
+            continue
+        print(
+            f"{row['operation']:<22}{row['peer']:<16}{row['ms']:9.3f}{row['gb_per_s']:8.0f}{row['percent_of_copy']:8.1f}"
+            f"{row['times_fastloss']:11.2f}"
+        )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Share of the copy bandwidth, by operation and peer; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [row for row in rows if "ms" in row and row["operation"] != "copy"]
+    figure, axes = pyplot.subplots(figsize=(9, 0.28 * len(timed) + 1))
+    names = [f"{row['case']}, {row['operation']}: {row['peer']}" for row in timed]
+    colours = ["tab:blue" if row["peer"] == "fastloss" else "tab:grey" for row in timed]
+    axes.barh(names, [row["percent_of_copy"] for row in timed], color=colours)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the bandwidth of a copy in the same run")
+    figure.savefig(path, bbox_inches="tight", dpi=120)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

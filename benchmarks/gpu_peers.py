@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is measured on a GPU. A peer is a function that makes its operations; where its package is missing, it is left out.
+
+An operation takes (logits, target) and returns the mean loss; a gradient comes by `loss.backward()` from logits that need one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def _rows_last(function: LossFunction) -> LossFunction:
+    """For peers that know `[rows, classes]` alone."""
+
+    def flat(logits: Tensor, target: Tensor) -> Tensor:
+        if logits.ndim != 2:
+            raise NotImplementedError("[rows, classes] only")
+        return function(logits, target)
+
+    return flat
+
+
+def fastloss() -> Mapping[str, LossFunction]:
+    import fastloss.torch as fl
+
+    return {
+        "loss": fl.cross_entropy,
+        "gradient": fl.cross_entropy,
+        "gradient in place": lambda logits, target: fl.cross_entropy(logits, target, inplace=True),
+    }
+
+
+def eager() -> Mapping[str, LossFunction]:
+    return {"loss": F.cross_entropy, "gradient": F.cross_entropy}
+
+
+def compiled() -> Mapping[str, LossFunction]:
+    function = torch.compile(F.cross_entropy)
+    return {"loss": function, "gradient": function}
+
+
+def liger() -> Mapping[str, LossFunction]:
+    """Makes its gradient in forward, over the logits."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return {"loss": _rows_last(liger_cross_entropy), "gradient in place": _rows_last(liger_cross_entropy)}
+
+
+def quack() -> Mapping[str, LossFunction]:
+    from quack.cross_entropy import cross_entropy
+
+    return {
+        "loss": _rows_last(lambda logits, target: cross_entropy(logits, target, reduction="mean")),
+        "gradient": _rows_last(lambda logits, target: cross_entropy(logits, target, reduction="mean")),
+        "gradient in place": _rows_last(
+            lambda logits, target: cross_entropy(logits, target, reduction="mean", inplace_backward=True)
+        ),
+    }
+
+
+PEERS: dict[str, Callable[[], Mapping[str, LossFunction]]] = {
+    "fastloss": fastloss,
+    "PyTorch eager": eager,
+    "torch.compile": compiled,
+    "liger-kernel": liger,
+    "quack-kernels": quack,
+}

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can show: streams, graphs, several devices, no waiting, large tensors; and the contract there."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fastloss.torch as fl  # noqa: E402
+import reference  # noqa: E402
+from helpers import assert_cross_entropy_contract  # noqa: E402
+from reference import Options  # noqa: E402
+from rows import KINDS, logits_and_target  # noqa: E402
+from torch_helpers import TORCH_DTYPES, array  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def on_gpu(logits):
+    """A leaf on the GPU with the bits of a NumPy array, bfloat16 included."""
+    if logits.dtype.name == "bfloat16":
+        tensor = torch.from_numpy(logits.view(np.uint16).copy()).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(logits.copy())
+    return tensor.cuda().requires_grad_()
+
+
+@pytest.fixture
+def no_waiting():
+    """Anything that makes PyTorch wait for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"softcap": 5.0, "temperature": 0.7}])
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [1, 33, 1000, 9001, 150_001])
+def test_gpu_keeps_the_contract(classes, kind, dtype, options):
+    if kind == "masked" and "label_smoothing" in options:
+        pytest.skip("infinite, as its formula")
+    logits, target = logits_and_target(kind, classes, dtype)
+    leaf = on_gpu(logits)
+    loss = fl.cross_entropy(leaf, torch.from_numpy(target).cuda(), **options)
+    loss.backward()
+    assert_cross_entropy_contract(array(loss), array(leaf.grad), logits, target, Options(**options))
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_gpu_takes_rows_side_by_side(dtype):
+    leaf = torch.randn(2, 300, 7, 9, dtype=TORCH_DTYPES[dtype], device="cuda").requires_grad_()
+    target = torch.randint(300, (2, 7, 9), device="cuda")
+    loss = fl.cross_entropy(leaf, target)
+    loss.backward()
+    rows, gradient = (reference.as_rows(array(x), 1) for x in (leaf, leaf.grad))
+    assert_cross_entropy_contract(array(loss), gradient, rows, array(target).reshape(-1))
+
+
+def test_gpu_statistics_are_those_of_the_cpu():
+    logits = torch.randn(40, 5001)
+    ids = torch.randint(5001, (40, 3))
+    want = ("logprob", "logsumexp", "entropy", "mean_logit", "sum_sq_prob", "max_prob", "argmax", "rank")
+    for ours, cpu in zip(
+        fl.logit_stats(logits.cuda(), ids.cuda(), want=want), fl.logit_stats(logits, ids, want=want), strict=True
+    ):
+        torch.testing.assert_close(ours.cpu(), cpu, rtol=2e-6, atol=2e-6)
+
+
+def test_gpu_is_never_waited_for(no_waiting):
+    leaf = torch.randn(64, 5000, device="cuda", requires_grad=True)
+    target = torch.randint(5000, (64,), device="cuda")
+    for reduction in ("mean", "sum"):
+        fl.cross_entropy(leaf, target, reduction=reduction).backward()
+    fl.cross_entropy(leaf * 2, target, inplace=True).backward()
+    fl.logit_stats(leaf, target, want=("logprob", "entropy", "rank"))
+
+
+def test_gpu_gives_the_same_bits_from_run_to_run():
+    leaf = torch.randn(500, 30_001, device="cuda", requires_grad=True)
+    target = torch.randint(30_001, (500,), device="cuda")
+    results = []
+    for _ in range(3):
+        loss = fl.cross_entropy(leaf, target, label_smoothing=0.1)
+        results.append((loss, *torch.autograd.grad(loss, leaf)))
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_gpu_works_on_the_current_stream():
+    leaf = torch.randn(2000, 20_000, device="cuda", requires_grad=True)
+    target = torch.randint(20_000, (2000,), device="cuda")
+    expected = fl.cross_entropy(leaf, target)
+    (expected_grad,) = torch.autograd.grad(expected, leaf)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        copy = (leaf.detach() + 1 - 1).requires_grad_()
+        loss = fl.cross_entropy(copy, target)
+        (grad,) = torch.autograd.grad(loss, copy)
+    stream.synchronize()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_gpu_graph_replays_forward_and_backward():
+    logits = torch.randn(300, 10_007, device="cuda", requires_grad=True)
+    target = torch.randint(10_007, (300,), device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        fl.cross_entropy(logits, target).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    logits.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = fl.cross_entropy(logits, target)
+        loss.backward()
+    with torch.no_grad():
+        logits.copy_(torch.randn_like(logits))
+    graph.replay()
+    torch.cuda.synchronize()
+    captured, captured_grad = loss.clone(), logits.grad.clone()
+    logits.grad = None
+    again = fl.cross_entropy(logits, target)
+    again.backward()
+    assert torch.equal(captured, again)
+    assert torch.equal(captured_grad, logits.grad)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_that_is_not_the_current_one_does_the_work():
+    logits = torch.randn(30, 1000, device="cuda:1")
+    target = torch.randint(1000, (30,), device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    loss = fl.cross_entropy(logits, target)
+    assert loss.device == logits.device
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(loss.cpu(), fl.cross_entropy(logits.cpu(), target.cpu()))
+
+
+def test_gpu_takes_more_than_2_31_elements():
+    rows, classes = 16_500, 131_072
+    if torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("needs 12 GB of free memory")
+    logits = torch.zeros(rows, classes, dtype=torch.bfloat16, device="cuda")
+    logits[-1, -1] = 9
+    target = torch.full((rows,), classes - 1, device="cuda")
+    losses = fl.cross_entropy(logits, target, reduction="none")
+    expected = fl.cross_entropy(logits[-2:].float().cpu(), target[-2:].cpu(), reduction="none")
+    torch.testing.assert_close(losses[-2:].cpu(), expected)
+
+
+def test_gpu_row_of_an_id_out_of_range_is_nan():
+    leaf = torch.randn(5, 1000, device="cuda", requires_grad=True)
+    target = torch.tensor([0, 1000, -1, 999, 5], device="cuda")
+    losses = fl.cross_entropy(leaf, target, reduction="none")
+    losses.sum().backward()
+    bad = torch.tensor([False, True, True, False, False], device="cuda")
+    assert torch.equal(losses.isnan(), bad)
+    assert torch.equal(leaf.grad.isnan().all(-1), bad)
+    assert torch.equal(leaf.grad.isnan().any(-1), bad)
+
+
+def test_gpu_compiles_without_a_graph_break():
+    loss = torch.compile(lambda x, y: fl.cross_entropy(x, y, label_smoothing=0.1), fullgraph=True)
+    leaf = torch.randn(50, 1003, device="cuda", requires_grad=True)
+    target = torch.randint(1003, (50,), device="cuda")
+    (grad,) = torch.autograd.grad(loss(leaf, target), leaf)
+    eager = torch.autograd.grad(fl.cross_entropy(leaf, target, label_smoothing=0.1), leaf)[0]
+    torch.testing.assert_close(grad, eager)
+
+
+def test_gpu_vmap_is_a_loop_over_its_samples():
+    logits, target = torch.randn(4, 6, 50, device="cuda"), torch.randint(50, (4, 6), device="cuda")
+    ours = torch.func.vmap(fl.cross_entropy)(logits, target)
+    torch.testing.assert_close(ours, torch.stack([fl.cross_entropy(x, y) for x, y in zip(logits, target, strict=True)]))
