@@ -135,10 +135,13 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release release;
     transpose(sparse_rows(rows, start, ids, values), wide ? kF64 : kF32, sparse_rows(columns, out_start, out_ids, out_values));
   });
-  m.def("add_transposed_product", [](uintptr_t product, const Tensor& grad, const Tensor& hidden, uintptr_t total, bool add) {
-    const py::gil_scoped_release release;
-    add_transposed_product(reinterpret_cast<BlockProduct>(product), grad, hidden, pointer<float>(total), add);
-  });
+  m.def("add_transposed_product",
+        [](uintptr_t multiply, uintptr_t release_tiles, const Tensor& grad, const Tensor& hidden, uintptr_t total, bool add) {
+          const py::gil_scoped_release release;
+          const BlockProduct product{reinterpret_cast<decltype(BlockProduct::multiply)>(multiply),
+                                     reinterpret_cast<decltype(BlockProduct::release)>(release_tiles)};
+          add_transposed_product(product, grad, hidden, pointer<float>(total), add);
+        });
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("set_isa", &set_isa);

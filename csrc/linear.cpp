@@ -106,9 +106,10 @@ void add_product(BlockProduct product, const Tensor& grad, const Tensor& hidden,
     transpose_block(reinterpret_cast<const T*>(grad.data) + first, tokens, grad.strides[0], count, whole, factor.data());
     for (int64_t feature = 0; feature < features; feature += kPanelFeatures) {
       const int64_t width = std::min(kPanelFeatures, features - feature);
-      product(count, width, whole, whole, width, features, add, factor.data(), panels.data() + feature * whole,
-              total + first * features + feature, kTogether<T> > 1);
+      product.multiply(count, width, whole, whole, width, features, add, factor.data(), panels.data() + feature * whole,
+                       total + first * features + feature, kTogether<T> > 1);
     }
+    product.release(kTogether<T> > 1);
   });
 }
 

@@ -23,9 +23,13 @@ void multiply(const SparseRows& sparse, const Tensor& matrix, const Tensor& out)
 void transpose(const SparseRows& sparse, Dtype values, const SparseRows& out);
 
 // c = a b, or c + a b, for small blocks: a of m rows and k columns; b of k rows, for bfloat16 in pairs that are interleaved; c
-// float32. This is the signature of PyTorch's at::native::cpublas::brgemm.
-using BlockProduct = void (*)(int64_t m, int64_t n, int64_t k, int64_t step_a, int64_t step_b, int64_t step_c, bool add,
-                              const void* a, const void* b, float* c, bool b_is_interleaved);
+// float32. These are PyTorch's at::native::cpublas::brgemm and brgemm_release: on CPUs with tile registers the product leaves
+// them set up for its shape, and takes them to be so at its next call in this thread, unless they are released.
+struct BlockProduct {
+  void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t step_a, int64_t step_b, int64_t step_c, bool add, const void* a,
+                   const void* b, float* c, bool b_is_interleaved);
+  void (*release)(bool b_is_interleaved);
+};
 
 // total = grad^T hidden, or total + grad^T hidden, for matrices of bfloat16 or float32 with adjacent columns and a float32
 // total. What PyTorch itself offers rounds the product of bfloat16 matrices to bfloat16, and has no fast form of this product

@@ -311,6 +311,22 @@ def test_tied_weights_get_both_gradients():
     assert_same_gradients(loss, expected, (embedding,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("library", ["blas", "onednn"])
+def test_hidden_states_of_any_strides(library, dtype, monkeypatch):
+    monkeypatch.setattr(matmul, "_PINNED", library)
+    dense, weight, _ = factors(dtype)
+    target = targets("ids")
+    expected = torch.autograd.grad(ours(dense, weight, target, chunk_tokens=4), (dense, weight))
+    values = dense.detach()
+    for strided in (values.t().contiguous().t(), torch.stack([values] * 2, 2)[:, :, 0]):
+        assert strided.stride(1) != 1
+        hidden = strided.requires_grad_()
+        found = torch.autograd.grad(ours(hidden, weight, target, chunk_tokens=4), (hidden, weight))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_weight_of_any_strides():
     hidden, weight, _ = factors()
     for strided in (weight.detach().t().contiguous().t(), torch.stack([weight.detach()] * 2, 1)[:, 0]):

@@ -92,7 +92,7 @@ def _onednn_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _blocks_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
-    _cpu.add_transposed_product(_BLOCKS[grad.dtype], describe(grad, 1), describe(hidden, 1), total.data_ptr(), add)
+    _cpu.add_transposed_product(_BLOCKS[grad.dtype], _RELEASE, describe(grad, 1), describe(hidden, 1), total.data_ptr(), add)
 
 
 def _find_blocks(dtype: torch.dtype, mangled: str) -> int:
@@ -103,16 +103,19 @@ def _find_blocks(dtype: torch.dtype, mangled: str) -> int:
     fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if dtype == torch.bfloat16 else ("_is_avx512_supported",)
     if not any(getattr(torch.cpu, name, lambda: False)() for name in fast):
         return 0
+    if not _RELEASE:
+        return 0
     address = symbol(f"_ZN2at6native7cpublas6brgemmEllllllb{mangled}Pfb")
     ones, total = torch.ones((4, 8), dtype=dtype), torch.ones((8, 8))
     try:
         if address:
-            _cpu.add_transposed_product(address, describe(ones, 1), describe(ones, 1), total.data_ptr(), True)
+            _cpu.add_transposed_product(address, _RELEASE, describe(ones, 1), describe(ones, 1), total.data_ptr(), True)
     except RuntimeError:  # this build of PyTorch or this CPU has no kernel for it
         return 0
     return address if bool((total == 5).all()) else 0
 
 
+_RELEASE = symbol("_ZN2at6native7cpublas14brgemm_releaseEb")
 _BLOCKS = {
     torch.float32: _find_blocks(torch.float32, "PKfS3_"),
     torch.bfloat16: _find_blocks(torch.bfloat16, "PKN3c108BFloat16ES5_"),

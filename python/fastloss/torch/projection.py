@@ -43,7 +43,7 @@ class Projection:
         """Takes the factors, and drops the tokens that do not count."""
         self._all_tokens = hidden.shape[0]
         self._kept = kept
-        self._hidden = hidden if kept is None else hidden.index_select(0, kept)
+        self._hidden = hidden.contiguous() if kept is None else hidden.index_select(0, kept)
         self._weight, self._bias, self._wanted = weight, bias, wanted
         self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], weight.element_size())
         self._room = fresh_matrix((self._size, weight.shape[0]), weight.dtype)
