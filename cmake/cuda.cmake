@@ -68,6 +68,8 @@ pybind11_add_module(_cuda MODULE NO_EXTRAS
   csrc/cuda/f16.cu
   csrc/cuda/f32.cu
   csrc/cuda/f64.cu
+  csrc/cuda/linear.cpp
+  csrc/cuda/plan.cpp
   csrc/cuda/sums.cu)
 string(JOIN " " cuda_names ${cuda_architectures})
 set_target_properties(_cuda PROPERTIES CUDA_ARCHITECTURES "${cuda_architectures}" CUDA_RUNTIME_LIBRARY Static)

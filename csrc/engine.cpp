@@ -2,7 +2,6 @@
 #include "engine.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -221,7 +220,7 @@ class Run {
     const size_t k = s_.targets ? s_.targets.k : 0;
     std::vector<Kept<double>>& out = s_.sampled->rows[row];
     if (k == 0 && c.rest != c.rest) out.push_back({0, c.rest});  // no target that would carry the NaN of this row
-    const Sampling sampling{s_.sampled->threshold * std::abs(c.a) * s_.pass.transform.inv_temperature,
+    const Sampling sampling{row_threshold(s_.sampled->threshold, c.a, s_.pass.transform.inv_temperature),
                             random_key(s_.sampled->seed, s_.sampled->token[row])};
     const TargetIds id{static_cast<int>(k), w.ids.data() + r * k};
     const Tile logits = layout_.tile(0, row), soft = s_.soft ? layout_.tile(1, row) : Tile{};

@@ -13,15 +13,32 @@
 namespace fastloss {
 namespace {
 
-inline uint64_t mix64(uint64_t x) {  // the finaliser of splitmix64
+FASTLOSS_HD inline uint64_t mix64(uint64_t x) {  // the finaliser of splitmix64
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
   x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
   return x ^ (x >> 31);
 }
 
-inline RandomKey random_key(uint64_t seed, int64_t row) {
+FASTLOSS_HD inline RandomKey random_key(uint64_t seed, int64_t row) {
   const uint64_t bits = mix64(mix64(seed) + 0x9e3779b97f4a7c15 * (static_cast<uint64_t>(row) + 1));
   return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
+}
+
+// t of a row: relative to the factor of its probabilities.
+FASTLOSS_HD inline double row_threshold(double threshold, double factor, double inv_temperature) {
+  return threshold * __builtin_fabs(factor) * inv_temperature;
+}
+
+// Bit i: whether an entry of this magnitude in `column` + i is kept.
+template <class V>
+FASTLOSS_HD inline uint32_t kept_mask(typename V::Reg magnitude, uint32_t column, typename V::Reg t, RandomKey key) {
+  return V::mask_greater(magnitude, V::mul(V::uniform(column, key), t));
+}
+
+template <class T>
+FASTLOSS_HD inline T kept_value(T value, T t) {
+  const T magnitude = value < 0 ? -value : value;
+  return magnitude < t ? (value < 0 ? -t : t) : value;
 }
 
 // Keeps entries of g[0 ... n), the columns `first` and up of a row; returns how many. `target`, a column of this row or -1, is
@@ -35,17 +52,15 @@ inline int keep_at_random(const typename V::T* g, int64_t first, int n, int64_t 
   for (int i = 0; i < n; i += V::kWidth) {
     const int64_t column = first + i;
     const auto magnitude = V::abs(V::load(g + i));
-    const auto u = V::uniform(static_cast<uint32_t>(column), key);
-    uint32_t mask = V::mask_greater(magnitude, V::mul(u, t));
+    uint32_t mask = kept_mask<V>(magnitude, static_cast<uint32_t>(column), t, key);
     if (n - i < V::kWidth) mask &= (1u << (n - i)) - 1;
     const bool with_target = target >= column && target < column + V::kWidth && target - first < n;
     if (with_target) mask |= 1u << (target - column);
     for (; mask != 0; mask &= mask - 1) {
       const int bit = __builtin_ctz(mask);
       const T value = g[i + bit];
-      const T least = __builtin_copysign(static_cast<T>(threshold), value);
-      const bool small = (value < 0 ? -value : value) < static_cast<T>(threshold);
-      out[count++] = {static_cast<int32_t>(column + bit), small && column + bit != target ? least : value};
+      out[count++] = {static_cast<int32_t>(column + bit),
+                      column + bit == target ? value : kept_value(value, static_cast<T>(threshold))};
     }
   }
   return count;

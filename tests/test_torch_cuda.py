@@ -4,9 +4,6 @@
 Tensors stay on the CPU; `fastloss._cuda` is the emulated module of tests/cuda_emulation.
 """
 
-import importlib
-import sys
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -17,23 +14,22 @@ from cuda_binding import load_emulation  # noqa: E402
 from fastloss.torch import ops  # noqa: E402
 from helpers import assert_cross_entropy_contract, run_python  # noqa: E402
 from reference import Options  # noqa: E402
-from torch_helpers import TORCH_DTYPES, array, seeded, seeded_ids, seeded_probabilities  # noqa: E402
+from torch_helpers import (  # noqa: E402
+    TORCH_DTYPES,
+    array,
+    seeded,
+    seeded_ids,
+    seeded_probabilities,
+    torch_over_emulation,
+)
 
 emulated = load_emulation()
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """fastloss.torch.cuda over the emulated module; cross-entropies of CPU tensors go there, as those of a GPU do."""
-    monkeypatch.setitem(sys.modules, "fastloss._cuda", emulated)
-    monkeypatch.setattr(fastloss, "_cuda", emulated, raising=False)
-    monkeypatch.delitem(sys.modules, "fastloss.torch.cuda", raising=False)
-    module = importlib.import_module("fastloss.torch.cuda")
-    monkeypatch.setattr(module, "_where", lambda tensor: (0, 0))
-    for name in ("cross_entropy", "cross_entropy_backward", "soft_target_gradient"):
-        monkeypatch.setattr(ops, name, getattr(module, name))
-    yield module
-    del sys.modules["fastloss.torch.cuda"], fl.cuda
+    with torch_over_emulation(emulated, monkeypatch) as (module, _):
+        yield module
 
 
 def contract(loss, logits, target, options, **arguments):
@@ -151,17 +147,6 @@ def test_cuda_module_is_not_imported_for_cpu_tensors():
         "print([m for m in sys.modules if 'cuda' in m and 'fastloss' in m])"
     )
     assert done.stdout.strip() == "[]", done.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_linear_cross_entropy_of_cuda_tensors_is_refused():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        hidden, weight = (torch.empty(n, 3, device="cuda") for n in (4, 8))
-        target = torch.empty(4, dtype=torch.int64, device="cuda")
-    with pytest.raises(NotImplementedError, match=r"cuda.*works on CPU tensors"):
-        fl.linear_cross_entropy(hidden, weight, target)
 
 
 def test_build_without_cuda_says_so():

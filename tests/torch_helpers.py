@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between tensors and the oracle."""
+"""Between tensors and the oracle; CUDA without a GPU."""
+
+import contextlib
+import importlib
+import sys
 
 import torch
 
+import fastloss
+import fastloss.torch
 import reference
+from fastloss.torch import linear_ops, ops
 from helpers import bfloat16
 from reference import Options
 
@@ -54,3 +61,23 @@ def seeded_probabilities(*shape, dim=1, seed=0):
 
 def np_rows(tensor, dim):
     return reference.as_rows(array(tensor), dim)
+
+
+@contextlib.contextmanager
+def torch_over_emulation(emulated, monkeypatch):
+    """fastloss.torch.cuda and cuda_linear over the emulated module; losses of CPU tensors go there, as those of a GPU do."""
+    monkeypatch.setitem(sys.modules, "fastloss._cuda", emulated)
+    monkeypatch.setattr(fastloss, "_cuda", emulated, raising=False)
+    names = ("cuda", "cuda_linear")
+    for name in names:
+        monkeypatch.delitem(sys.modules, f"fastloss.torch.{name}", raising=False)
+    cuda, linear = (importlib.import_module(f"fastloss.torch.{name}") for name in names)
+    monkeypatch.setattr(cuda, "where", lambda tensor: (0, 0))
+    monkeypatch.setattr(linear, "_count_worth_waiting_for", lambda counts: None)
+    monkeypatch.setattr(linear_ops, "_on_gpu", lambda tensor: True)
+    for name in ("cross_entropy", "cross_entropy_backward", "soft_target_gradient"):
+        monkeypatch.setattr(ops, name, getattr(cuda, name))
+    yield cuda, linear
+    for name in names:
+        del sys.modules[f"fastloss.torch.{name}"]
+        delattr(fastloss.torch, name)

@@ -59,6 +59,10 @@ template <class T>
 __device__ inline T from_lane_xor(T value, int mask) {
   return __shfl_xor_sync(kAllLanes, value, mask);
 }
+template <class T>
+__device__ inline T from_lane(T value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -74,7 +78,7 @@ struct LaunchShape {
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
-  if (shape.blocks == 0) return;
+  if (shape.blocks == 0 || shape.parts == 0) return;
   const dim3 grid(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.parts));
   kernel<<<grid, shape.threads, 0, stream>>>(arguments...);
   check(cudaGetLastError(), "kernel launch");

@@ -34,30 +34,48 @@ __device__ inline typename V::T target_gradient(const Problem& p, const Gradient
       TargetGradients<CudaF64>::gradient(at.z, c.max, c.rest, c.a, c.b, c.c, weight * c.d, slope, one_hot(ids, g, p.ids.k, i)));
 }
 
+// Logits of a run become its gradient, but for the targets.
+template <class V, bool kFull>
+class RunGradient {
+ public:
+  using A = typename V::T;
+
+  __device__ RunGradient(const Problem& p, const GradientRow& c, int64_t row) : p_(p), c_(c), row_(row) {
+    terms_.weight = terms_.soft = terms_.derivative = nullptr;
+    set_row(terms_, 0, c, p.transform.softcap != 0.0 ? 1.0 : p.transform.inv_temperature);
+  }
+
+  template <class R, int kSize>
+  __device__ void apply(const R& run, A (&z)[kSize]) {
+    [[maybe_unused]] A derivative[kSize], w[kSize], q[kSize];
+    if constexpr (kFull) {  // ones and zeros, not null pointers: an array that may be missing would not stay in registers
+      transform_run<V>(p_, run, z, derivative);
+      load_per_class(c_.d != 0.0 || p_.soft.data ? static_cast<const A*>(p_.weight) : nullptr, run, w);
+      load_any(p_, p_.soft, row_, run, q);
+      terms_.weight = w;
+      terms_.soft = q;
+      terms_.derivative = derivative;
+    }
+    const GradientFormula<Along<V>, !kFull> formula{terms_};
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) z[i] = c_.zero ? A(0) : formula.at(z, i);
+  }
+
+ private:
+  const Problem& p_;
+  const GradientRow& c_;
+  const int64_t row_;
+  GradientTerms<Along<V>> terms_;
+};
+
 // Everything but the targets. `out` may be the row itself.
 template <class T, class V, bool kAdjacent, bool kFull>
 __device__ inline void write_gradient(const Problem& p, const Place& at, const GradientRow& c) {
-  using A = typename V::T;
-  const bool softcapped = p.transform.softcap != 0.0;
   const T* row = row_of<const T>(p, p.logits, at.row);
   T* out = row_of<T>(p, p.grad, at.row);
-  GradientTerms<Along<V>> terms;
-  terms.weight = terms.soft = terms.derivative = nullptr;
-  set_row(terms, 0, c, softcapped ? 1.0 : p.transform.inv_temperature);
-  walk_logits<T, V, kAdjacent, kFull>(p, at, row, A(0), [&](const auto& run, auto& z) {
-    constexpr int kSize = sizeof(z) / sizeof(A);
-    [[maybe_unused]] A derivative[kSize], w[kSize], q[kSize];
-    if constexpr (kFull) {  // ones and zeros, not null pointers: an array that may be missing would not stay in registers
-      transform_run<V>(p, run, z, derivative);
-      load_per_class(c.d != 0.0 || p.soft.data ? static_cast<const A*>(p.weight) : nullptr, run, w);
-      load_any(p, p.soft, at.row, run, q);
-      terms.weight = w;
-      terms.soft = q;
-      terms.derivative = derivative;
-    }
-    const GradientFormula<Along<V>, !kFull> formula{terms};
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) z[i] = c.zero ? A(0) : formula.at(z, i);
+  RunGradient<V, kFull> gradient(p, c, at.row);
+  walk_logits<T, V, kAdjacent, kFull>(p, at, row, typename V::T(0), [&](const auto& run, auto& z) {
+    gradient.apply(run, z);
     store(z, run, p.grad.class_step, out);
   });
 }

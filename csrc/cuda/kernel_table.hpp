@@ -18,6 +18,14 @@ struct KernelTable {
   void (*gradient)(const Problem&, const Loss&, const GradientSource&, const double* saved, cudaStream_t);
   // Into p.grad, of any dtype.
   void (*soft_gradient)(const Problem&, const Loss&, const GradientSource&, const double* saved, cudaStream_t);
+  // Of rows whose classes lie side by side, a block a row; needs loss.saved.
+  void (*sample)(const Problem&, const Loss&, const Sample&, cudaStream_t);
+  // out = entries times matrix.
+  void (*multiply)(const Entries&, const Dense& matrix, const Dense& out, cudaStream_t);
+  // The sum of each row, into out[rows].
+  void (*row_sums)(const Entries&, const Dense& out, cudaStream_t);
+  // The one row of p times the upstream gradient, in place; nothing is read or written where that is 1.
+  void (*scale)(const Problem&, const DeviceUpstream&, cudaStream_t);
 };
 
 extern const KernelTable cuda_f32, cuda_f64, cuda_f16, cuda_bf16;

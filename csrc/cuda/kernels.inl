@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels for one storage type T, and the table of their launches.
-#include "gradient.hpp"
 #include "kernel_table.hpp"
+#include "sample.hpp"
+#include "sparse.hpp"
 
 namespace fastloss {
 namespace {
@@ -268,7 +269,8 @@ void launch_soft_gradient(const Problem& p, const Loss& loss, const GradientSour
 
 template <class T>
 constexpr KernelTable kernel_table() {
-  return {&launch_scan<T>, &launch_merge<T>, &launch_rank<T>, &launch_gradient<T>, &launch_soft_gradient<T>};
+  return {&launch_scan<T>,   &launch_merge<T>,    &launch_rank<T>,     &launch_gradient<T>, &launch_soft_gradient<T>,
+          &launch_sample<T>, &launch_multiply<T>, &launch_row_sums<T>, &launch_scale<T>};
 }
 
 }  // namespace

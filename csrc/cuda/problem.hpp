@@ -94,4 +94,35 @@ struct GradientSource {
   const double* g = nullptr;             // [rows][k]
 };
 
+// What sampling keeps of the gradient of each row's loss: `slots` places for each token, in the order in which the threads come
+// to them. A row that needs more of them gets NaN.
+struct Sample {
+  const int64_t* seed = nullptr;
+  double threshold = 0.0;
+  const int64_t* token = nullptr;  // the number of each row: for the random numbers, and where its entries go
+  int64_t slots = 0;
+  int64_t* count = nullptr;    // of each token
+  int32_t* columns = nullptr;  // [tokens][slots]
+  void* values = nullptr;      // of the accumulation type
+};
+
+// A sparse matrix over those places: its rows are the tokens, or with `start` the classes. Then order[start[c] ... start[c + 1])
+// are the places of class c.
+struct Entries {
+  int64_t rows = 0;
+  int64_t slots = 0;
+  const int64_t* count = nullptr;
+  const int32_t* columns = nullptr;
+  const void* values = nullptr;
+  const double* factors = nullptr;  // of each token
+  const int64_t* start = nullptr;
+  const int64_t* order = nullptr;
+};
+
+// A dense one, rows behind each other.
+struct Dense {
+  char* data = nullptr;
+  int64_t width = 0;
+};
+
 }  // namespace fastloss

@@ -4,6 +4,9 @@
 from fastloss._cpu import Targets, Tensor, Transform, Upstream
 
 ARCHITECTURES: str
+REDUCTION_BYTES: int  # workspace of reduce_tokens
+
+Places = tuple[int, int, int, int]  # slots of a token; count, columns, values of each
 
 def cross_entropy(
     logits: Tensor,
@@ -80,6 +83,76 @@ def gradient(
     stream: int,
     /,
 ) -> None: ...
+def reduce_tokens(
+    tokens: int,
+    classes: int,
+    dtype: int,
+    target: Targets | None,
+    weight: int,
+    ignore_index: int,
+    reduction: int,
+    denominator: float | None,
+    losses: int,
+    loss: int,
+    scale: int,
+    workspace: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cross_entropy_chunk(
+    logits: Tensor,
+    target: Targets | None,
+    soft_target: Tensor | None,
+    weight: int,
+    transform: Transform,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    scale: int,
+    losses: int,
+    wide: bool,
+    saved: int,
+    grad: Tensor | None,
+    workspace: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def sample_chunk(
+    logits: Tensor,
+    target: Targets | None,
+    soft_target: Tensor | None,
+    weight: int,
+    transform: Transform,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    saved: int,
+    random: tuple[int, float, int],
+    places: Places,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def multiply(
+    rows: int,
+    places: Places,
+    factors: int,
+    start: int,
+    order: int,
+    dtype: int,
+    matrix: int,
+    width: int,
+    out: int,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def row_sums(
+    rows: int, places: Places, factors: int, start: int, order: int, dtype: int, out: int, device: int, stream: int, /
+) -> None: ...
+def scale(numbers: int, count: int, dtype: int, upstream: Upstream, device: int, stream: int, /) -> None: ...
 def device_count() -> int: ...
 def workspace_bytes(logits: Tensor, device: int, stream: int, /) -> int: ...
 def plan(logits: Tensor, device: int, stream: int, /) -> tuple[int, int, int]: ...

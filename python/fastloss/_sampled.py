@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,17 @@ class SparseGradient(NamedTuple):
 
     def _addresses(self) -> tuple[int, int, int]:
         return address(self.start), address(self.columns), address(self.values)
+
+
+def slots_of_token(threshold: float, classes: int, plain: bool) -> int:
+    """Places for the entries of a token where they must be set apart in advance.
+
+    On average at most 1 / threshold entries are kept and the target's; 2 / threshold, unless the loss is that of class ids
+    without label smoothing (`plain`). Entries are kept independently: that more of them are kept than there are places has a
+    probability below 1e-20.
+    """
+    mean = (1 if plain else 2) / threshold
+    return min(classes, math.ceil(mean + 9 * math.sqrt(mean)) + 64)
 
 
 class Sampler:

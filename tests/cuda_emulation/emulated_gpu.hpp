@@ -157,6 +157,10 @@ template <class T>
 T from_lane_xor(T value, int mask) {
   return block.exchange(value, block.lane() ^ mask);
 }
+template <class T>
+T from_lane(T value, int lane) {
+  return block.exchange(value, lane);
+}
 
 // As far off as the hardware may be: 2 units in the last place, up or down as it happens; 0 below the smallest normal number.
 inline float exp2_approx(float x) {

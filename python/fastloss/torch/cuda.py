@@ -26,11 +26,13 @@ def device_count() -> int:
     return _cuda.device_count()
 
 
-def _where(tensor: Tensor) -> tuple[int, int]:
+def where(tensor: Tensor) -> tuple[int, int]:
+    """Index of its GPU, and the stream."""
     return tensor.device.index or 0, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def _workspace(logits: Tensor, dim: int, where: tuple[int, int]) -> Tensor:
+def workspace(logits: Tensor, dim: int, where: tuple[int, int]) -> Tensor:
+    """What a kernel over these logits needs besides its results."""
     return torch.empty(_cuda.workspace_bytes(ops.describe(logits, dim), *where), dtype=torch.uint8, device=logits.device)
 
 
@@ -64,8 +66,8 @@ def cross_entropy(
     loss = logits.new_empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype))
     saved = logits.new_empty((*rows, 3), dtype=torch.float64) if keep else None
     scale = logits.new_empty((), dtype=torch.float64)
-    where = _where(logits)
-    room = _workspace(logits, dim, where)
+    place = where(logits)
+    room = workspace(logits, dim, place)
     ids, soft = ops.targets_of(target, dim)
     _cuda.cross_entropy(
         ops.describe(logits, dim),
@@ -83,7 +85,7 @@ def cross_entropy(
         scale.data_ptr(),
         None if grad is None else ops.describe(grad, dim),
         room.data_ptr(),
-        *where,
+        *place,
     )
     return loss, saved, scale
 
@@ -117,7 +119,7 @@ def cross_entropy_backward(
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
         ops.describe(grad, dim),
-        *_where(logits),
+        *where(logits),
     )
     return grad
 
@@ -144,7 +146,7 @@ def soft_target_gradient(
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
         ops.describe(out, options.dim),
-        *_where(logits),
+        *where(logits),
     )
     return out
 
@@ -163,8 +165,8 @@ def statistics(
     """Fills the outputs of `ops.statistics`; `target` is contiguous."""
     if DEBUG and target is not None:
         check_ids(target, logits.shape[dim], None)
-    where = _where(logits)
-    room = _workspace(logits, dim, where)
+    place = where(logits)
+    room = workspace(logits, dim, place)
     _cuda.statistics(
         ops.describe(logits, dim),
         ops.ids_of(target),
@@ -173,7 +175,7 @@ def statistics(
         tuple(out.data_ptr() if wanted else 0 for out, wanted in zip(outputs, want, strict=False)),
         outputs[-1].data_ptr(),
         room.data_ptr(),
-        *where,
+        *place,
     )
 
 
@@ -202,7 +204,7 @@ def gradient(
         ops.address(target_coefficients),
         (temperature, softcap, ops.address(bias)),
         ops.describe(out, dim),
-        *_where(logits),
+        *where(logits),
     )
     if out is not grad:
         grad.copy_(out)

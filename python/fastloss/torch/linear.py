@@ -81,7 +81,7 @@ def linear_cross_entropy(
         backward: ``"exact"`` or ``"sampled"``.
         threshold: t in (0, 1], for the sampled backward.
         seed: an int or a `torch.Generator`, for the sampled backward; by default a number drawn from PyTorch's generator.
-        chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits.
+        chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits, 1 GiB on a GPU.
 
     Returns:
         The loss: float64 for float64 inputs and else float32; a scalar, or one number a token for ``"none"``.
@@ -89,8 +89,8 @@ def linear_cross_entropy(
     Raises:
         TypeError: a dtype that is not supported.
         ValueError: shapes or options that do not fit.
-        IndexError: a class id out of range.
-        NotImplementedError: tensors that are not on the CPU.
+        IndexError: a class id out of range; on a GPU it makes its token NaN, and raises with `FASTLOSS_DEBUG=1` alone.
+        NotImplementedError: tensors that are neither on the CPU nor on a CUDA device.
 
     Example:
         >>> import torch
@@ -140,13 +140,13 @@ def _run(arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int 
     eager = not compiling and ops.eager(*tensors, class_weight, logit_bias)
     needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     loss: Tensor
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(_device_type(hidden), enabled=False):
         if eager and not needs:
             loss, *_ = torch.ops.fastloss.linear_cross_entropy(*arguments, *NOTHING)
         elif sampled:
             if target.requires_grad:
                 raise ValueError("target gets no gradient from backward='sampled': pass target.detach()")
-            loss = LinearCrossEntropySampled.apply(*arguments, threshold, _seed(seed))[0]
+            loss = LinearCrossEntropySampled.apply(*arguments, threshold, _seed(seed, hidden.device))[0]
         elif eager:
             loss = LinearCrossEntropy.apply(*arguments)
         else:
@@ -182,7 +182,7 @@ def linear_logit_stats(
         softcap: bound of the logits.
         temperature: divides the logits first.
         logit_bias: one number a class, added to the transformed logits; a constant.
-        chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits.
+        chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits, 1 GiB on a GPU.
 
     Returns:
         A :class:`fastloss.LogitStats` with the wanted fields set, of shape ``(...)``; ``logprob`` and ``rank`` of the shape of
@@ -191,8 +191,8 @@ def linear_logit_stats(
     Raises:
         TypeError: a dtype that is not supported.
         ValueError: shapes, names or options that do not fit.
-        IndexError: a class id out of range.
-        NotImplementedError: tensors that are not on the CPU.
+        IndexError: a class id out of range; on a GPU it makes its token NaN, and raises with `FASTLOSS_DEBUG=1` alone.
+        NotImplementedError: tensors that are neither on the CPU nor on a CUDA device.
 
     Example:
         >>> import torch
@@ -220,7 +220,7 @@ def linear_logit_stats(
     wanted = tuple(name in names or (name == "argmax" and "max_prob" in names) for name in STATISTICS)
     chunk = None if chunk_tokens is None else check_chunk_tokens(chunk_tokens)
     factors = _autocast(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(_device_type(hidden), enabled=False):
         outputs = LinearStatistics.apply(*factors, chunk, ids, logit_bias, cap, heat, wanted)
     found = {}
     for name, out in zip(STATISTICS, outputs, strict=False):
@@ -327,8 +327,8 @@ def _check_factors(
     bias: Tensor | None,
     names: tuple[str, str, str] = ("input", "linear_weight", "linear_bias"),
 ) -> None:
-    check_logits(names[0], hidden)
-    check_logits(names[1], weight)
+    check_logits(names[0], hidden, cuda=True)
+    check_logits(names[1], weight, cuda=True)
     if hidden.ndim < 1:
         raise ValueError(f"{names[0]} must have shape (..., H), got a 0-dimensional tensor")
     if weight.ndim < 2:
@@ -343,13 +343,13 @@ def _check_factors(
         raise ValueError(f"{names[0]} must have shape (N, H) for {names[1]} of shape {tuple(weight.shape)}")
     tensors = {names[1]: weight}
     if bias is not None:
-        check_logits(names[2], bias)
+        check_logits(names[2], bias, cuda=True)
         if bias.shape != weight.shape[:-1]:
             raise ValueError(f"{names[2]} must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
         tensors[names[2]] = bias
     for name, tensor in tensors.items():
         check_device(name, tensor, hidden)
-        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled("cpu"):
+        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(_device_type(hidden)):
             kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (tensor, hidden))
             raise TypeError(f"{name} must have the dtype of {names[0]}, {wanted}, got {kind}")
 
@@ -378,10 +378,13 @@ def _tensor_denominator(denominator: float | Tensor | None, reduction: str, code
     return denominator, _options.SUM
 
 
-def _seed(seed: object) -> Tensor:
+def _seed(seed: object, device: torch.device) -> Tensor:
+    """A number where it is used: drawn there, unless by a generator of the host, so that a CUDA graph draws at each replay."""
+    if isinstance(seed, torch.Generator) and seed.device.type == "cpu":
+        seed = int(torch.randint(2**63 - 1, (), generator=seed, device="cpu"))
     if seed is None or isinstance(seed, torch.Generator):
-        return torch.randint(2**63 - 1, (), generator=seed)
-    return torch.full((), _options.seed(seed), dtype=torch.int64)
+        return torch.randint(2**63 - 1, (), generator=seed, device=device)
+    return torch.full((), _options.seed(seed), dtype=torch.int64, device=device)
 
 
 def _chunk_tokens(chunk_tokens: int | None, options: Any) -> int | None:
@@ -391,11 +394,17 @@ def _chunk_tokens(chunk_tokens: int | None, options: Any) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def _device_type(tensor: Tensor) -> str:
+    """As autocast takes it."""
+    return "cuda" if tensor.is_cuda else "cpu"
+
+
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast makes of the factors of a linear map."""
-    if not torch.is_autocast_enabled("cpu"):
+    kind = _device_type(hidden)
+    if not torch.is_autocast_enabled(kind):
         return hidden, weight, bias
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(kind)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 

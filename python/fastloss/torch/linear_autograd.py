@@ -69,8 +69,7 @@ class LinearCrossEntropy(Function):
         arguments, (saved,) = _saved(ctx)
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream):
-            scale = torch.tensor(ctx.scale, dtype=torch.float64)
-            return (*_differentiable(upstream, arguments[:_INPUTS], scale, "exact", (saved,), needs), None, None)
+            return (*_differentiable(upstream, arguments[:_INPUTS], ops.as_tensor(ctx.scale), "exact", (saved,), needs), None, None)
         wanted, (head, task, *_) = _wanted(needs), grouped(arguments)
         by_target = None
         if needs[_TARGET]:
@@ -78,9 +77,8 @@ class LinearCrossEntropy(Function):
         gradients, ctx.gradients = ctx.gradients, None  # who gets them may change them: they are given away once
         if gradients is None and any(wanted):
             gradients = linear_ops.cross_entropy_backward(upstream.contiguous(), head, task, saved, ctx.scale, wanted)
-        elif gradients is not None and upstream.item() != 1.0:
-            for grad in gradients:
-                grad.mul_(upstream)
+        elif gradients is not None:
+            linear_ops.scale_gradients(gradients, upstream)
         return tuple(_at_their_places(len(arguments), gradients or [None] * 3, wanted, by_target))
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear cross-entropy and statistics on matrices of tokens: logits of one chunk at a time, in place of a matrix of them all.
 
-As in `ops`, each operation is a plain function over CPU tensors, and an operator of PyTorch for tracing and `vmap`. Tokens with
-the ignored id are left out before the first product.
+As in `ops`, each operation is a plain function over CPU tensors, which hands those of a GPU on (to `cuda_linear`), and an
+operator of PyTorch for tracing and `vmap`. Tokens with the ignored id are left out before the first product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,9 @@ from torch import Tensor
 from fastloss import _cpu
 from fastloss._chunks import for_each_chunk
 from fastloss._options import MEAN, NONE
-from fastloss._sampled import Sampler, SparseGradient
+from fastloss._sampled import Sampler, SparseGradient, slots_of_token
 from fastloss.torch import ops
-from fastloss.torch.ops import CODES, CPU, LIBRARY, Options, accumulation_dtype
+from fastloss.torch.ops import CODES, LIBRARY, Options, accumulation_dtype
 from fastloss.torch.projection import NOTHING, Projection, Wanted, spread
 
 
@@ -59,11 +60,29 @@ class Task(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A linear cross-entropy: the loss, (max, rest, mass) of each token, and the factor of the gradient."""
+    """A linear cross-entropy: the loss, (max, rest, mass) of each token, and the factor of the gradient; on a GPU a tensor."""
 
     loss: Tensor
     saved: Tensor
-    scale: float
+    scale: float | Tensor
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _gpu() -> ModuleType:
+    ops.gpu()
+    from fastloss.torch import cuda_linear
+
+    return cuda_linear
+
+
+def _projection(head: Head, wanted: Wanted) -> Any:
+    """Of all tokens."""
+    if _on_gpu(head.hidden):
+        return _gpu().Projection(*head, wanted)
+    return Projection(*head[:3], None, head.chunk_tokens, wanted)
 
 
 def _check_ids(head: Head, task: Task) -> None:
@@ -117,13 +136,19 @@ def cross_entropy(
     head: Head, task: Task, reduction: int, denominator: float | None, wanted: Wanted
 ) -> tuple[Loss, list[Tensor]]:
     """The loss, and the wanted gradients by hidden states, weight and bias from the same logits."""
+    if _on_gpu(head.hidden):
+        on_gpu: tuple[Loss, list[Tensor]] = _gpu().cross_entropy(head, task, reduction, denominator, wanted)
+        return on_gpu
     return _forward(head, task, reduction, denominator, wanted, None)
 
 
 def cross_entropy_backward(
-    upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: float, wanted: Wanted
+    upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: float | Tensor, wanted: Wanted
 ) -> list[Tensor]:
     """The gradients, from logits that are made again; `upstream` is one number, or one a token."""
+    if _on_gpu(head.hidden):
+        on_gpu: list[Tensor] = _gpu().cross_entropy_backward(upstream, head, task, saved, scale, wanted)
+        return on_gpu
     kept = task.counted()
     task = task.of(kept)
     projection = Projection(*head[:3], kept, head.chunk_tokens, wanted)
@@ -148,9 +173,18 @@ def cross_entropy_backward(
     return projection.gradients()
 
 
-def soft_target_gradient(upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: float) -> Tensor:
+def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:
+    """Multiplies gradients that were made in forward by the upstream gradient, in place."""
+    if _on_gpu(upstream):
+        _gpu().scale_gradients(gradients, upstream)
+    elif upstream.item() != 1.0:
+        for grad in gradients:
+            grad.mul_(upstream)
+
+
+def soft_target_gradient(upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: float | Tensor) -> Tensor:
     """The gradient by target probabilities, from logits that are made again."""
-    projection = Projection(*head[:3], chunk_tokens=head.chunk_tokens)
+    projection = _projection(head, NOTHING)
     out = ops.fresh(task.target)
 
     def kernel(tokens: slice, logits: Tensor) -> None:
@@ -199,10 +233,12 @@ def statistics(
     head: Head, target: Tensor | None, logit_bias: Tensor | None, softcap: float, temperature: float, want: list[bool]
 ) -> list[Tensor]:
     """The eight statistics, empty where not wanted, and `saved`."""
-    if target is not None:
+    if target is not None and _on_gpu(target):
+        _gpu().check_ids(target, head.weight.shape[0], None)
+    elif target is not None:
         ids = target.contiguous()
         _cpu.check_targets((ids.data_ptr(), ids.element_size()), ids.numel(), head.weight.shape[0], None)
-    projection = Projection(*head[:3], chunk_tokens=head.chunk_tokens)
+    projection = _projection(head, NOTHING)
     chunks: list[list[Tensor]] = []
 
     def kernel(tokens: slice, logits: Tensor) -> None:
@@ -228,7 +264,7 @@ def gradient(
     wanted: Wanted,
 ) -> list[Tensor]:
     """The gradients of statistics, from logits that are made again."""
-    projection = Projection(*head[:3], None, head.chunk_tokens, wanted)
+    projection = _projection(head, wanted)
 
     def kernel(tokens: slice, logits: Tensor) -> None:
         ids, factors = (None if part is None else part[tokens] for part in (target, target_coefficients))
@@ -278,35 +314,42 @@ def grouped(arguments: Sequence[Any]) -> tuple[Any, ...]:
     return Head(*arguments[:4]), Task(target, class_weight, logit_bias, Options(1, *options)), *arguments[12:]
 
 
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64, device=CPU)
+def _factor(scale: Tensor) -> float | Tensor:
+    """The factor of a loss as the functions take it."""
+    return scale if _on_gpu(scale) else scale.item()
 
 
 def _cross_entropy_op(*args: Any) -> tuple[Tensor, ...]:
     head, task, reduction, denominator, *wanted = grouped(args)
     (loss, saved, scale), gradients = cross_entropy(head, task, reduction, denominator, Wanted(*wanted))
-    return loss, saved, _scalar(scale), *gradients
+    return loss, saved, ops.as_tensor(scale), *gradients
 
 
 def _backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
     head, task, saved, scale, *wanted = grouped(args)
-    return cross_entropy_backward(upstream, head, task, saved, scale.item(), Wanted(*wanted))
+    return cross_entropy_backward(upstream, head, task, saved, _factor(scale), Wanted(*wanted))
 
 
 def _soft_target_op(upstream: Tensor, *args: Any) -> Tensor:
     head, task, saved, scale = grouped(args)
-    return soft_target_gradient(upstream, head, task, saved, scale.item())
+    return soft_target_gradient(upstream, head, task, saved, _factor(scale))
 
 
 def _sampled_op(*args: Any) -> tuple[Tensor, ...]:
     head, task, reduction, denominator, threshold, seed = grouped(args)
+    if _on_gpu(head.hidden):
+        loss, places = _gpu().cross_entropy_sampled(head, task, reduction, denominator, threshold, seed)
+        return loss.loss, loss.scale, *places
     loss, entries = cross_entropy_sampled(head, task, reduction, denominator, threshold, int(seed))
-    return loss.loss, _scalar(loss.scale), *map(torch.from_numpy, entries)
+    return loss.loss, ops.as_tensor(loss.scale), *map(torch.from_numpy, entries)
 
 
 def _sampled_backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
-    entries, scale, wanted = SparseGradient(*(part.numpy() for part in args[4:7])), args[7], Wanted(*args[8:])
-    return sampled_backward(upstream, Head(*args[:4]), entries, scale.item(), wanted)
+    head, (*entries, scale), wanted = Head(*args[:4]), args[4:8], Wanted(*args[8:])
+    if _on_gpu(head.hidden):
+        on_gpu: list[Tensor] = _gpu().sampled_backward(upstream, head, entries, scale, wanted)
+        return on_gpu
+    return sampled_backward(upstream, head, SparseGradient(*(part.numpy() for part in entries)), scale.item(), wanted)
 
 
 def _statistics_op(*args: Any) -> list[Tensor]:
@@ -336,14 +379,18 @@ def _cross_entropy_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _sampled_fake(*args: Any) -> tuple[Tensor, ...]:
-    hidden = args[0]
-    entries = torch.library.get_ctx().new_dynamic_size()
+    hidden, weight, tokens = args[0], args[1], args[0].shape[0]
+    if hidden.is_cuda:
+        plain = args[4].dtype not in CODES and args[8] == 0.0
+        of_tokens, of_entries = (tokens,), (tokens, slots_of_token(args[14], weight.shape[0], plain))
+    else:
+        of_tokens, of_entries = (tokens + 1,), (torch.library.get_ctx().new_dynamic_size(),)
     return (
         _fake_loss(hidden, args[12]),
         hidden.new_empty((), dtype=torch.float64),
-        hidden.new_empty((hidden.shape[0] + 1,), dtype=torch.int64),
-        hidden.new_empty((entries,), dtype=torch.int32),
-        hidden.new_empty((entries,), dtype=accumulation_dtype(hidden.dtype)),
+        hidden.new_empty(of_tokens, dtype=torch.int64),
+        hidden.new_empty(of_entries, dtype=torch.int32),
+        hidden.new_empty(of_entries, dtype=accumulation_dtype(hidden.dtype)),
     )
 
 
@@ -363,4 +410,5 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 for _name, (_function, _fake) in OPERATORS.items():
     LIBRARY.impl(_name, _function, "CPU")
+    LIBRARY.impl(_name, _function, "CUDA")
     torch.library.register_fake(f"fastloss::{_name}", _fake)

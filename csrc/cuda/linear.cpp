@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "linear.hpp"
+
+#include <stdexcept>
+
+#include "plan.hpp"
+
+namespace fastloss::cuda {
+
+void reduce_tokens(const Tokens& tokens, const double* denominator, const double* losses, void* loss_out, double* scale,
+                   double* room, const Device& device) {
+  Problem p;
+  p.rows = tokens.tokens;
+  p.classes = tokens.classes;
+  p.ids = {tokens.target.data, tokens.target.itemsize, 1};
+  Loss loss;
+  loss.ignore_index = tokens.ignore_index;
+  loss.class_weight = tokens.weight;
+  Sums sums;
+  sums.losses = losses;
+  sums.room = room;
+  sums.scale = scale;
+  sums.loss = loss_out;
+  sums.loss_dtype = tokens.dtype == kF64 ? kF64 : kF32;
+  sums.mean = tokens.reduction == Reduction::kMean;
+  sums.divisor = divisor_of(denominator, tokens.reduction, !tokens.target, p.rows);
+  sum_rows(p, loss, sums, device.stream());
+}
+
+void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void* losses, bool wide, double* saved,
+                         const Tensor& grad, char* memory, const Device& device) {
+  if (grad) check_gradient(call.logits, grad);
+  const KernelTable& kernels = table(call.logits.dtype);
+  Problem p = loss_problem(call, grad);
+  const bool one_trip = plan_loss(p, device.multiprocessors());
+  p.part = Workspace(p, memory).parts;
+  Loss loss = loss_of(call);
+  loss.losses = losses;
+  loss.wide = wide;
+  loss.saved = saved;
+  const GradientSource source{scale, {}, nullptr, nullptr};
+  kernels.scan(p, loss, {}, one_trip ? &source : nullptr, device.stream());
+  if (p.parts > 1) kernels.merge(p, loss, {}, device.stream());
+  if (grad && !one_trip) kernels.gradient(p, loss, source, saved, device.stream());
+}
+
+void sample_chunk(const CrossEntropyCall& call, double* saved, const Sample& sample, const Device& device) {
+  if (!adjacent(call.logits)) throw std::invalid_argument("sampling needs logits whose classes lie side by side");
+  Problem p = loss_problem(call, {});
+  p.warps_per_row = kThreads / 32;
+  Loss loss = loss_of(call);
+  loss.saved = saved;
+  table(call.logits.dtype).sample(p, loss, sample, device.stream());
+}
+
+void multiply(const Entries& entries, Dtype dtype, const Dense& matrix, const Dense& out, const Device& device) {
+  table(dtype).multiply(entries, matrix, out, device.stream());
+}
+
+void row_sums(const Entries& entries, Dtype dtype, const Dense& out, const Device& device) {
+  table(dtype).row_sums(entries, out, device.stream());
+}
+
+void scale(const Dense& numbers, Dtype dtype, const Upstream& upstream, const Device& device) {
+  Problem p;
+  p.rows = 1;
+  p.classes = numbers.width;
+  p.logits.data = numbers.data;
+  p.logits.dtype = dtype;
+  p.extents[0] = 1;
+  plan(p, device.multiprocessors(), true);
+  p.warps_per_row = kThreads / 32;
+  table(dtype).scale(p, {upstream.data, upstream.dtype, 0}, device.stream());
+}
+
+}  // namespace fastloss::cuda
