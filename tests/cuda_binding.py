@@ -143,3 +143,84 @@ def statistics_gradient(module, logits, saved, coefficients, ids, g, gradient, o
         *DEVICE,
     )
     return gradient
+
+
+class Places:
+    """Where sampled entries go, `slots` of them for each token; values of places that hold nothing are poisoned."""
+
+    def __init__(self, tokens, slots, classes, dtype):
+        self.count = np.zeros(tokens, np.int64)
+        self.columns = np.full((tokens, slots), classes, np.int32)
+        self.values = np.full((tokens, slots), np.nan, accumulation(dtype))
+
+    def described(self):
+        return (self.columns.shape[1], *(part.ctypes.data for part in (self.count, self.columns, self.values)))
+
+    def kept(self):
+        """Which places hold an entry."""
+        return np.arange(self.columns.shape[1]) < self.count[:, None]
+
+    def dense(self, classes):
+        out = np.zeros((len(self.count), classes))
+        rows, places = np.nonzero(self.kept())
+        out[rows, self.columns[rows, places]] = self.values[rows, places]
+        return out
+
+    def by_class(self, classes):
+        """(start, order): the places of each class, in the order of the tokens."""
+        columns = self.columns.reshape(-1)
+        order = np.argsort(columns, kind="stable")
+        return np.searchsorted(columns[order], np.arange(classes + 1)), order
+
+
+class ChunkCall(CudaCall):
+    """The loss of a chunk of tokens, whose scale is that of all of them; and a sample of its gradient."""
+
+    def forward(self, gradient=None):
+        room = workspace(self.module, self.logits, self.axis)
+        ids = None if self.target.dtype in CODES else (self.target.ctypes.data, self.target.itemsize)
+        o, rows, classes = self.options, self.logits.shape[0], self.logits.shape[1]
+        of_tokens = (rows, classes, CODES[self.logits.dtype], ids, address(o.weight), o.ignore_index)
+        sums = np.full(self.module.REDUCTION_BYTES, 0xFF, np.uint8)
+        reduced = self.reduction != "none"
+        losses = np.full(rows, 777.0) if reduced else self.loss
+
+        def reduce(losses, loss):
+            out = (losses, loss, self.scale.ctypes.data)
+            self.module.reduce_tokens(*of_tokens, REDUCTIONS[self.reduction], self.denominator, *out, sums.ctypes.data, *DEVICE)
+
+        reduce(0, 0)
+        self.module.cross_entropy_chunk(
+            *self._inputs(),
+            self.scale.ctypes.data,
+            losses.ctypes.data,
+            reduced,
+            self.saved.ctypes.data,
+            None if gradient is None else tensor(gradient, self.axis),
+            room.ctypes.data,
+            *DEVICE,
+        )
+        if reduced:
+            reduce(losses.ctypes.data, self.loss.ctypes.data)
+        return self.loss
+
+    def sample(self, threshold, seed, slots, numbers=None):
+        """Entries of the gradient, after forward()."""
+        numbers = np.arange(len(self.logits)) if numbers is None else numbers
+        places = Places(int(numbers.max(initial=-1)) + 1, slots, self.logits.shape[1], self.logits.dtype)
+        key = np.asarray(seed, np.int64)
+        random = (key.ctypes.data, threshold, numbers.ctypes.data)
+        self.module.sample_chunk(*self._inputs(), self.saved.ctypes.data, random, places.described(), *DEVICE)
+        return places
+
+
+def multiply(module, places, factors, matrix, rows, by_class=None, sums=False):
+    """The sparse matrix of the places times a dense one; or the sums of its rows."""
+    start, order = by_class or (None, None)
+    out = np.full(rows if sums else (rows, matrix.shape[1]), 777, matrix.dtype)
+    entries = (rows, places.described(), factors.ctypes.data, address(start), address(order), CODES[matrix.dtype])
+    if sums:
+        module.row_sums(*entries, out.ctypes.data, *DEVICE)
+    else:
+        module.multiply(*entries, matrix.ctypes.data, matrix.shape[1], out.ctypes.data, *DEVICE)
+    return out

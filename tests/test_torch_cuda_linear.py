@@ -326,7 +326,9 @@ def test_seeds_are_drawn_where_they_are_used(linear):
     made, target = factors(bias=False), ids()
 
     def by_hidden(**seed):
-        return torch.autograd.grad(fl.linear_cross_entropy(*made, target, backward="sampled", threshold=0.5, **seed), made[0])[0]
+        return torch.autograd.grad(fl.linear_cross_entropy(*made, target, backward="sampled", threshold=0.5, **seed), made[0])[
+            0
+        ]
 
     torch.manual_seed(3)
     first, second = by_hidden(), by_hidden()

@@ -232,7 +232,9 @@ class _Sampler:
         self._threshold = threshold
         self._seed = seed.to(head.hidden.device, non_blocking=True)
         self.count = head.hidden.new_zeros(tokens, dtype=torch.int64)
-        self.columns = head.hidden.new_full((tokens, self._slots), classes, dtype=torch.int32)  # an empty place: behind all classes
+        self.columns = head.hidden.new_full(
+            (tokens, self._slots), classes, dtype=torch.int32
+        )  # an empty place: behind all classes
         self.values = head.hidden.new_empty((tokens, self._slots), dtype=accumulation_dtype(head.hidden.dtype))
 
     def sample(self, call: tuple[Any, ...], saved: Tensor, numbers: Tensor, where: tuple[int, int]) -> None:

@@ -69,7 +69,11 @@ class LinearCrossEntropy(Function):
         arguments, (saved,) = _saved(ctx)
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream):
-            return (*_differentiable(upstream, arguments[:_INPUTS], ops.as_tensor(ctx.scale), "exact", (saved,), needs), None, None)
+            return (
+                *_differentiable(upstream, arguments[:_INPUTS], ops.as_tensor(ctx.scale), "exact", (saved,), needs),
+                None,
+                None,
+            )
         wanted, (head, task, *_) = _wanted(needs), grouped(arguments)
         by_target = None
         if needs[_TARGET]:
