@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.gpu`: losses and gradients on this machine's GPU, beside the bandwidth of a copy in the same run.
 
-Every answer is checked against float64 first. Times are medians of CUDA events over rounds in which each peer runs once.
+Every answer is checked against float64 first. Times are medians of CUDA events over rounds in which each peer runs once. Linear
+cross-entropy, which is arithmetic rather than bandwidth, follows (`gpu_linear.py`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ import argparse
 import datetime
 import json
 import re
-import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,26 +20,17 @@ import torch
 from torch import Tensor
 
 import fastloss
+from benchmarks import gpu_linear
 from benchmarks.gpu_peers import PEERS, LossFunction
+from benchmarks.gpu_timing import Job, Jobs, interleave
 
 RESULTS = Path(__file__).parent / "results"
-ROUNDS = 15
 # Rows whose answers are checked, and how far off the loss (relative) and gradient entries (of the largest one) may be.
 CHECKED_ROWS = 64
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 # Passes over the logits: what the operation must move, in units of their bytes.
 UNITS = {"loss": 1, "gradient": 3, "gradient in place": 3, "one trip in place": 2, "logprob and entropy": 1}
-
-
-class Job(NamedTuple):
-    """`prepare` stands outside the timer."""
-
-    run: Callable[[], object]
-    prepare: Callable[[], object] = lambda: None
-
-
-Jobs = dict[tuple[str, str], Job]  # by operation and peer
 
 
 class Case(NamedTuple):
@@ -73,7 +63,8 @@ def main() -> None:
     """Prints tables, writes JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
-    parser.add_argument("--seconds", type=float, default=110, help="no new case is begun after so long")
+    parser.add_argument("--seconds", type=float, default=55, help="no new case is begun after so long")
+    parser.add_argument("--linear-seconds", type=float, default=40, help="the same for linear cross-entropy")
     arguments = parser.parse_args()
     start = time.monotonic()
     rows: list[dict[str, Any]] = []
@@ -87,11 +78,12 @@ def main() -> None:
         found = measure(case)
         print_table(case, found)
         rows += found
-    if not rows:
+    linear = gpu_linear.run(gpu_linear.CASES[: arguments.cases], arguments.linear_seconds)
+    if not rows and not linear:
         return
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = RESULTS / f"cuda-{gpu}.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine(), "rows": rows, "linear": linear}, indent=1) + "\n")
     print(f"wrote {path}")
     plot(rows, path.with_suffix(".png"))
 
@@ -229,22 +221,6 @@ def check(function: LossFunction, operation: str, case: Case) -> None:
     if grad is not None and exact.grad is not None:
         error = float((grad.to(torch.float64) - exact.grad).abs().max() / exact.grad.abs().max())
         assert error <= GRADIENT_TOLERANCE[case.dtype], f"gradient off by {error:.1e} of its largest entry"
-
-
-def interleave(jobs: Jobs) -> dict[tuple[str, str], float]:
-    """Seconds, medians over rounds."""
-    samples: dict[tuple[str, str], list[float]] = {name: [] for name in jobs}
-    for turn in range(ROUNDS + 2):
-        for name, timed in jobs.items():
-            timed.prepare()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            timed.run()
-            end.record()
-            end.synchronize()
-            if turn >= 2:  # the first rounds warm up
-                samples[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: statistics.median(seconds) for name, seconds in samples.items()}
 
 
 def print_table(case: Case, rows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ An operation takes (logits, target) and returns the mean loss; a gradient comes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,4 +71,53 @@ PEERS: dict[str, Callable[[], Mapping[str, LossFunction]]] = {
     "torch.compile": compiled,
     "liger-kernel": liger,
     "quack-kernels": quack,
+}
+
+
+# ---- linear cross-entropy: (hidden, weight, target) to the mean loss --------------------------------------------------
+
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def linear_fastloss() -> LinearLoss:
+    import fastloss.torch as fl
+
+    return fl.linear_cross_entropy
+
+
+def linear_fastloss_sampled() -> LinearLoss:
+    import fastloss.torch as fl
+
+    return partial(fl.linear_cross_entropy, backward="sampled")
+
+
+def linear_eager() -> LinearLoss:
+    return lambda hidden, weight, target: F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def linear_cce() -> LinearLoss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def linear_liger() -> LinearLoss:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy
+
+
+def linear_quack() -> LinearLoss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy
+
+
+LINEAR_PEERS: dict[str, Callable[[], LinearLoss]] = {
+    "fastloss exact": linear_fastloss,
+    "fastloss sampled": linear_fastloss_sampled,
+    "PyTorch eager": linear_eager,
+    "liger-kernel": linear_liger,
+    "cut-cross-entropy": linear_cce,
+    "quack-kernels": linear_quack,
 }

@@ -3,7 +3,6 @@
 
 import inspect
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -19,6 +18,8 @@ from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  #
 # torch.compile itself makes an instance of the class that it says must have none.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
+on_each_device = pytest.mark.usefixtures("device")
+
 TOKENS, CLASSES, FEATURES = 13, 37, 5
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
 CLASS_WEIGHT, LOGIT_BIAS = seeded(CLASSES, seed=3).abs() + 0.1, seeded(CLASSES, seed=4, scale=1.0)
@@ -31,6 +32,12 @@ OPTIONS = {
     "extras": {"z_loss": 0.1, "softcap": 3.0, "temperature": 0.7, "logit_bias": LOGIT_BIAS},
 }
 REDUCTIONS = ("mean", "sum", "none")
+
+
+def here(options):
+    """With tensors on the device of the test."""
+    device = torch.get_default_device()
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 
 
 def factors(dtype=torch.float64, tokens=TOKENS, classes=CLASSES, features=FEATURES):
@@ -63,13 +70,14 @@ def assert_same_gradients(loss, expected, inputs, upstream=None, tolerance=FLOAT
 # ---- values and gradients ----
 
 
+@on_each_device
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 4, 13, 100])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", ["ids", "ignored", "soft"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_it_is_linear_and_cross_entropy(name, kind, reduction, chunk_tokens):
     hidden, weight, bias = factors()
-    target, options = targets(kind), OPTIONS[name] | {"reduction": reduction}
+    target, options = targets(kind), here(OPTIONS[name]) | {"reduction": reduction}
     loss = ours(hidden, weight, target, linear_bias=bias, chunk_tokens=chunk_tokens, **options)
     expected = reference(hidden, weight, bias, target, **options)
     upstream = seeded(*expected.shape, seed=9) if expected.ndim else torch.tensor(-1.7, dtype=torch.float64)
@@ -84,6 +92,7 @@ CALLS = {
 }
 
 
+@on_each_device
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "soft"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("call", CALLS)
@@ -98,7 +107,7 @@ def test_every_call_of_pytorch_is_taken(call, reduction, soft):
         target = seeded_probabilities(*shape, dim=len(input_shape) - 1)
     elif target.numel() > 1:
         target.view(-1)[1] = -100
-    options = {"linear_bias": bias, "weight": CLASS_WEIGHT, "label_smoothing": 0.1, "reduction": reduction}
+    options = here({"linear_bias": bias, "weight": CLASS_WEIGHT, "label_smoothing": 0.1, "reduction": reduction})
     expected = F.linear_cross_entropy(hidden, weight, target, **options)
     assert_same_gradients(ours(hidden, weight, target, **options), expected, (hidden, weight, bias))
 
@@ -118,6 +127,7 @@ def test_options_of_pytorch_set_the_chunk():
     assert same_bits(with_options, ours(hidden, weight, targets("ids"), chunk_tokens=4))
 
 
+@on_each_device
 @pytest.mark.parametrize("leading", [(2, 3), (2, 1, 4), (0,), (3, 0)])
 def test_any_leading_dimensions(leading):
     hidden, weight = seeded(*leading, FEATURES).requires_grad_(), seeded(CLASSES, FEATURES, seed=1).requires_grad_()
@@ -130,6 +140,7 @@ def test_any_leading_dimensions(leading):
     assert stats.logprob.shape == stats.argmax.shape == leading
 
 
+@on_each_device
 def test_target_probabilities_get_their_gradient():
     hidden, weight, bias = factors()
     target = targets("soft").requires_grad_()
@@ -139,6 +150,7 @@ def test_target_probabilities_get_their_gradient():
         assert_same_gradients(loss, expected, (hidden, weight, bias, target))
 
 
+@on_each_device
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_every_target_ignored(reduction):
     hidden, weight, bias = factors()
@@ -150,6 +162,7 @@ def test_every_target_ignored(reduction):
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
+@on_each_device
 def test_a_denominator_keeps_an_ignored_batch_at_zero_and_on_the_graph():
     hidden, weight, _ = factors()
     for denominator in (8.0, torch.tensor(8.0)):
@@ -160,6 +173,7 @@ def test_a_denominator_keeps_an_ignored_batch_at_zero_and_on_the_graph():
         torch.testing.assert_close(counted, ours(hidden, weight, targets("ids"), reduction="sum") / 8)
 
 
+@on_each_device
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk_tokens", [None, 16])
 def test_sixteen_bit_gradients_are_as_good_as_those_of_pytorch(dtype, chunk_tokens):
@@ -275,6 +289,7 @@ def test_the_fastest_library_is_measured_once_and_remembered(monkeypatch):
 # ---- autograd ----
 
 
+@on_each_device
 def test_a_second_backward_gives_the_same_and_leaves_the_first_alone():
     hidden, weight, bias = factors()
     loss = ours(hidden, weight, targets("ignored"), linear_bias=bias)
@@ -303,6 +318,7 @@ def test_gradients_accumulate_into_existing_ones_and_are_taken_over_without_a_co
     assert logits <= fastloss.release_memory() < logits + weight.nbytes
 
 
+@on_each_device
 def test_tied_weights_get_both_gradients():
     embedding = seeded(CLASSES, FEATURES).requires_grad_()
     ids = targets("ids")
@@ -327,6 +343,7 @@ def test_hidden_states_of_any_strides(library, dtype, monkeypatch):
             torch.testing.assert_close(one, other)
 
 
+@on_each_device
 def test_weight_of_any_strides():
     hidden, weight, _ = factors()
     for strided in (weight.detach().t().contiguous().t(), torch.stack([weight.detach()] * 2, 1)[:, 0]):
@@ -339,6 +356,7 @@ def test_weight_of_any_strides():
             torch.testing.assert_close(got, expected, **FLOAT64)
 
 
+@on_each_device
 @pytest.mark.parametrize("kind", ["ids", "ignored", "soft"])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, OPTIONS["extras"]], ids=["mean", "none", "extras"])
 def test_first_and_second_derivatives(options, kind):
@@ -346,7 +364,7 @@ def test_first_and_second_derivatives(options, kind):
     hidden, weight = inputs[:2]
     bias = seeded(6, seed=2).requires_grad_()
     target = targets(kind, 6, 6)
-    options = {k: v[:6] if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    options = {k: v[:6] if isinstance(v, torch.Tensor) else v for k, v in here(options).items()}
 
     def loss(hidden, weight, bias, *soft):
         return ours(hidden, weight, soft[0] if soft else target, linear_bias=bias, **options)
@@ -356,6 +374,7 @@ def test_first_and_second_derivatives(options, kind):
     assert torch.autograd.gradgradcheck(loss, variables)
 
 
+@on_each_device
 def test_torch_func_and_vmap():
     hidden, weight, bias = (f.detach() for f in factors())
     target, batch, ids = targets("ignored"), seeded(3, TOKENS, FEATURES), seeded_ids(CLASSES, 3, TOKENS)
@@ -378,6 +397,7 @@ def test_torch_func_and_vmap():
         torch.testing.assert_close(got, wanted, **FLOAT64)
 
 
+@on_each_device
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"backward": "sampled", "seed": 3}], ids=str)
 def test_compiled_in_one_graph_it_gives_the_same_bits(options):
     target = targets("ignored")
@@ -393,9 +413,10 @@ def test_compiled_in_one_graph_it_gives_the_same_bits(options):
     torch._dynamo.reset()
 
 
+@on_each_device
 def test_autocast_multiplies_in_its_dtype():
     hidden, weight, bias = factors(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(hidden.device.type, torch.bfloat16):
         loss = ours(hidden, weight, targets("ids"), linear_bias=bias)
     low = [f.bfloat16() for f in (hidden, weight, bias)]
     assert same_bits(loss, ours(low[0], low[1], targets("ids"), linear_bias=low[2]))
@@ -403,6 +424,7 @@ def test_autocast_multiplies_in_its_dtype():
     assert weight.grad.dtype == torch.float32
 
 
+@on_each_device
 def test_checkpoints():
     hidden, weight, _ = factors()
     for reentrant in (False, True):
@@ -435,9 +457,11 @@ def test_an_exception_in_a_later_chunk_leaves_no_gradient(monkeypatch):
 # ---- module and statistics ----
 
 
+@on_each_device
 def test_module_has_the_state_of_that_of_pytorch():
-    theirs = torch.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True, weight=CLASS_WEIGHT, dtype=torch.float64)
-    mine = fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True, weight=CLASS_WEIGHT, dtype=torch.float64)
+    options = here({"bias": True, "weight": CLASS_WEIGHT, "dtype": torch.float64})
+    theirs = torch.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, **options)
+    mine = fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, **options)
     mine.load_state_dict(theirs.state_dict())
     hidden, target = factors()[0], targets("ignored")
     torch.testing.assert_close(mine(hidden, target), theirs(hidden, target), **FLOAT64)
@@ -445,6 +469,7 @@ def test_module_has_the_state_of_that_of_pytorch():
     assert "backward='exact'" in repr(mine)
 
 
+@on_each_device
 def test_module_with_places():
     theirs = torch.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, out_features=(2, 3), bias=True, dtype=torch.float64)
     mine = fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, out_features=(2, 3), bias=True, dtype=torch.float64)
@@ -456,6 +481,7 @@ def test_module_with_places():
 STATISTICS = ("logprob", "logsumexp", "entropy", "mean_logit", "sum_sq_prob", "max_prob")
 
 
+@on_each_device
 @pytest.mark.parametrize("many", [False, True], ids=["one id", "three ids"])
 @pytest.mark.parametrize("chunk_tokens", [None, 4])
 def test_statistics_are_those_of_the_logits(many, chunk_tokens):
@@ -473,6 +499,7 @@ def test_statistics_are_those_of_the_logits(many, chunk_tokens):
         assert_same_gradients(getattr(got, name).sum(), getattr(expected, name).sum(), (hidden, weight, bias))
 
 
+@on_each_device
 def test_statistics_differentiate_twice_and_compile():
     hidden, weight, bias = (f.detach()[:6].clone().requires_grad_() for f in factors())
     target = targets("ids", 6, 6)
@@ -491,9 +518,11 @@ def test_statistics_differentiate_twice_and_compile():
     torch._dynamo.reset()
 
 
+@on_each_device
 def test_confident_tokens_keep_their_gradient():
     weight = torch.eye(4, dtype=torch.float32).requires_grad_()
     hidden = torch.tensor([[14.0, 0.0, 0.0, 0.0]], requires_grad=True)
     ours(hidden, weight, torch.tensor([0])).backward()
     p = torch.softmax(hidden.detach().double()[0], 0)
-    np.testing.assert_allclose(hidden.grad[0].double(), p - torch.tensor([1.0, 0, 0, 0]), rtol=1e-5)
+    expected = p - torch.tensor([1.0, 0, 0, 0])
+    torch.testing.assert_close(hidden.grad[0].double(), expected, rtol=1e-5, atol=0)

@@ -23,9 +23,29 @@ export PYTHONPATH=$site PYTHONUNBUFFERED=1
 step "tests on the GPU"
 "$python" -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no GPU"'
 status=0
-timeout 180 "$python" -m pytest -q -k "cuda or gpu" tests/test_gpu.py tests/test_torch_cross_entropy.py \
-  tests/test_torch_stats.py tests/test_torch_dtypes.py || status=$?
+timeout 140 "$python" -m pytest -q -k "cuda or gpu" tests/test_gpu.py tests/test_gpu_linear.py tests/test_torch_cross_entropy.py \
+  tests/test_torch_stats.py tests/test_torch_dtypes.py tests/test_linear_torch.py || status=$?
+
+# Our kernels alone: those of PyTorch and cuBLAS are not watched.
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+ours=--filter
+[ -n "$sanitizer" ] && "$sanitizer" --help | grep -q -e --kernel-regex && ours=--kernel-regex # what newer ones call it
+for tool in memcheck racecheck; do
+  step "compute-sanitizer: $tool"
+  if [ -z "$sanitizer" ]; then
+    echo "not found, left out"
+    continue
+  fi
+  result=0
+  timeout 30 "$sanitizer" --tool "$tool" "$ours" kns=fastloss --report-api-errors no --error-exitcode 3 \
+    "$python" tools/gpu_sanitize.py || result=$?
+  case $result in
+    0) ;;
+    124) echo "not done within its time: says nothing" ;;
+    *) status=$result ;;
+  esac
+done
 
 step "benchmark"
-timeout 140 "$python" -m benchmarks.gpu ${BENCH_ARGS:-}
+timeout 120 "$python" -m benchmarks.gpu ${BENCH_ARGS:-}
 exit "$status"
