@@ -87,7 +87,11 @@ def test_gpu_linear_gives_the_same_bits_from_run_to_run(backward):
 
 
 @pytest.mark.parametrize("backward", MODES)
-def test_gpu_linear_is_never_waited_for_where_all_tokens_count(backward, no_waiting):
+def test_gpu_linear_is_never_waited_for_where_all_tokens_count(backward, no_waiting, monkeypatch):
+    from fastloss.torch import cuda_projection
+
+    monkeypatch.setattr(cuda_projection, "_last", {})
+    monkeypatch.setattr(cuda_projection, "_ignoring", {})
     hidden, weight, target = factors()
     for reduction in ("mean", "none"):
         loss = fl.linear_cross_entropy(
@@ -95,19 +99,22 @@ def test_gpu_linear_is_never_waited_for_where_all_tokens_count(backward, no_wait
         )
         loss.sum().backward()
     fl.linear_logit_stats(hidden, weight, target, want=("logprob", "entropy"), chunk_tokens=128).logprob.sum().backward()
+    assert not any(cuda_projection._ignoring.values())  # the number was never asked for, which is no wait of PyTorch's
 
 
 def test_gpu_leaves_out_chunks_behind_the_last_token_that_counts():
-    from fastloss.torch import cuda_linear
+    from fastloss.torch import cuda_projection
 
     hidden, weight, target = factors()
     target[torch.arange(700, device="cuda") % 4 != 0] = -100
     chunks = []
-    logits = cuda_linear.Projection.logits
+    logits = cuda_projection.Projection.logits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_linear, "_ignoring", {})
-        patch.setattr(cuda_linear, "_last", {})
-        patch.setattr(cuda_linear.Projection, "logits", lambda self, tokens: (chunks.append(tokens), logits(self, tokens))[1])
+        patch.setattr(cuda_projection, "_ignoring", {})
+        patch.setattr(cuda_projection, "_last", {})
+        patch.setattr(
+            cuda_projection.Projection, "logits", lambda self, tokens: (chunks.append(tokens), logits(self, tokens))[1]
+        )
         first = gradients(hidden, weight, target, chunk_tokens=100)
         assert len(chunks) == 7
         torch.cuda.synchronize()

@@ -31,6 +31,13 @@ def linear(monkeypatch):
         yield module
 
 
+@pytest.fixture
+def projection(linear):
+    from fastloss.torch import cuda_projection
+
+    return cuda_projection
+
+
 def factors(dtype=torch.float64, classes=CLASSES, bias=True):
     made = [seeded(TOKENS, FEATURES, scale=1.0, dtype=dtype), seeded(classes, FEATURES, seed=1, scale=1.0, dtype=dtype)]
     made += [seeded(classes, seed=2, scale=1.0, dtype=dtype)] if bias else []
@@ -150,16 +157,16 @@ def test_hidden_states_of_ignored_tokens_may_hold_anything(linear):
 
 
 @pytest.mark.parametrize("backward", ["exact", "sampled"])
-def test_leaving_out_chunks_without_counted_tokens_changes_no_bit(backward, linear, monkeypatch):
+def test_leaving_out_chunks_without_counted_tokens_changes_no_bit(backward, projection, monkeypatch):
     made, target = factors(torch.float32), ids(every=2)
     made_chunks = []
-    logits = linear.Projection.logits
+    logits = projection.Projection.logits
 
     def seen(self, tokens):
         made_chunks[-1] += 1
         return logits(self, tokens)
 
-    monkeypatch.setattr(linear.Projection, "logits", seen)
+    monkeypatch.setattr(projection.Projection, "logits", seen)
 
     class Arrived:
         def __init__(self, counts):
@@ -171,7 +178,7 @@ def test_leaving_out_chunks_without_counted_tokens_changes_no_bit(backward, line
     results = []
     for count in (lambda counts: None, Arrived):
         made_chunks.append(0)
-        monkeypatch.setattr(linear, "_count_worth_waiting_for", count)
+        monkeypatch.setattr(projection, "_count_worth_waiting_for", count)
         options = {"linear_bias": made[2], "chunk_tokens": 4, "backward": backward, "seed": 1, "threshold": 1 / 8}
         loss = fl.linear_cross_entropy(*made[:2], target, **options)
         losses = fl.linear_cross_entropy(*made[:2], target, reduction="none", **options)
@@ -180,11 +187,11 @@ def test_leaving_out_chunks_without_counted_tokens_changes_no_bit(backward, line
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_host_asks_how_many_tokens_count_only_after_a_call_that_ignored_some(linear, monkeypatch):
+def test_host_asks_how_many_tokens_count_only_after_a_call_that_ignored_some(projection, monkeypatch):
     monkeypatch.undo()  # the functions that decide, over a count that needs no GPU
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(linear, "_last", {})
-    monkeypatch.setattr(linear, "_ignoring", {})
+    monkeypatch.setattr(projection, "_last", {})
+    monkeypatch.setattr(projection, "_ignoring", {})
 
     class Count:
         arrived = True
@@ -198,16 +205,18 @@ def test_host_asks_how_many_tokens_count_only_after_a_call_that_ignored_some(lin
         def is_all(self):
             return self.all
 
-    monkeypatch.setattr(linear, "Count", Count)
+    monkeypatch.setattr(projection, "Count", Count)
     everything, some = torch.ones(4, dtype=torch.bool), torch.tensor([True, False])
-    asked = [linear._count_worth_waiting_for(counts) is not None for counts in (everything, some, some, everything, everything)]
+    asked = [
+        projection._count_worth_waiting_for(counts) is not None for counts in (everything, some, some, everything, everything)
+    ]
     assert asked == [False, False, True, True, False]
-    linear._count_worth_waiting_for(some)
+    projection._count_worth_waiting_for(some)
     Count.arrived = False
-    assert linear._count_worth_waiting_for(some) is None  # nothing is waited for to learn it
+    assert projection._count_worth_waiting_for(some) is None  # nothing is waited for to learn it
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     Count.arrived = True
-    assert linear._count_worth_waiting_for(some) is None
+    assert projection._count_worth_waiting_for(some) is None
 
 
 def test_id_out_of_range_is_nan_and_raises_when_debugging(linear, monkeypatch):
@@ -354,16 +363,16 @@ def test_operators_say_the_shapes_they_return(linear):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
-def test_weight_sum_is_float32_over_several_chunks_and_rounded_once(linear):
+def test_weight_sum_is_float32_over_several_chunks_and_rounded_once(projection):
     made, target = factors(torch.bfloat16, bias=False), ids()
     head = linear_ops.Head(*(factor.detach() for factor in made), None, 4)
-    projection = linear.Projection(*head, NOTHING._replace(weight=True))
-    assert projection._sum_weight.dtype == torch.float32
+    made_here = projection.Projection(*head, NOTHING._replace(weight=True))
+    assert made_here._sum_weight.dtype == torch.float32
     by_weight = torch.autograd.grad(fl.linear_cross_entropy(*made, target, chunk_tokens=4), made[1])[0]
     assert by_weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("tokens", "classes", "size"), [(4096, 128256, 4096), (8192, 256000, 2048), (100, 50, 100), (0, 9, 1)])
-def test_chunks_are_even_and_of_whole_tiles(tokens, classes, size, linear):
-    assert linear.chunk_size(None, tokens, 2 * classes) == size
-    assert linear.chunk_size(7, tokens, 2 * classes) == min(7, max(1, tokens))
+def test_chunks_are_even_and_of_whole_tiles(tokens, classes, size, projection):
+    assert projection.chunk_size(None, tokens, 2 * classes) == size
+    assert projection.chunk_size(7, tokens, 2 * classes) == min(7, max(1, tokens))

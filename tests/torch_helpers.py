@@ -65,15 +65,15 @@ def np_rows(tensor, dim):
 
 @contextlib.contextmanager
 def torch_over_emulation(emulated, monkeypatch):
-    """fastloss.torch.cuda and cuda_linear over the emulated module; losses of CPU tensors go there, as those of a GPU do."""
+    """fastloss.torch.cuda and what is built on it over the emulated module: losses of CPU tensors go there, as on a GPU."""
     monkeypatch.setitem(sys.modules, "fastloss._cuda", emulated)
     monkeypatch.setattr(fastloss, "_cuda", emulated, raising=False)
-    names = ("cuda", "cuda_linear")
+    names = ("cuda", "cuda_projection", "cuda_linear")
     for name in names:
         monkeypatch.delitem(sys.modules, f"fastloss.torch.{name}", raising=False)
-    cuda, linear = (importlib.import_module(f"fastloss.torch.{name}") for name in names)
+    cuda, projection, linear = (importlib.import_module(f"fastloss.torch.{name}") for name in names)
     monkeypatch.setattr(cuda, "where", lambda tensor: (0, 0))
-    monkeypatch.setattr(linear, "_count_worth_waiting_for", lambda counts: None)
+    monkeypatch.setattr(projection, "_count_worth_waiting_for", lambda counts: None)
     monkeypatch.setattr(linear_ops, "_on_gpu", lambda tensor: True)
     for name in ("cross_entropy", "cross_entropy_backward", "soft_target_gradient"):
         monkeypatch.setattr(ops, name, getattr(cuda, name))

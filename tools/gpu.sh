@@ -29,7 +29,7 @@ timeout 140 "$python" -m pytest -q -k "cuda or gpu" tests/test_gpu.py tests/test
 # Our kernels alone: those of PyTorch and cuBLAS are not watched.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 ours=--filter
-[ -n "$sanitizer" ] && "$sanitizer" --help | grep -q -e --kernel-regex && ours=--kernel-regex # what newer ones call it
+[ -n "$sanitizer" ] && "$sanitizer" --help | grep -e --kernel-regex >/dev/null && ours=--kernel-regex # what newer ones call it
 for tool in memcheck racecheck; do
   step "compute-sanitizer: $tool"
   if [ -z "$sanitizer" ]; then

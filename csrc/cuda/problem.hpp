@@ -106,8 +106,8 @@ struct Sample {
   void* values = nullptr;      // of the accumulation type
 };
 
-// A sparse matrix over those places: its rows are the tokens, or with `start` the classes. Then order[start[c] ... start[c + 1])
-// are the places of class c.
+// A sparse matrix over those places: its rows are the tokens, or with `start` the classes. Then order[start[c] ... start[c +
+// 1]) are the places of class c.
 struct Entries {
   int64_t rows = 0;
   int64_t slots = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sampled gradient of a row (../sampled.hpp): a block walks along the row, and what its threads keep of a stretch goes behind
-// what they kept before, thread after thread.
+// The sampled gradient of a row (../sampled.hpp): a block walks along the row, and what its threads keep of a stretch goes
+// behind what they kept before, thread after thread.
 #pragma once
 
 #include "../sampled.hpp"
@@ -29,7 +29,7 @@ class Places {
       }
     }
     // Two sets of numbers in turn: a warp that is ahead does not write what others have yet to read.
-    int(&kept)[kBlockWarps] = kept_of_warp_[turn_];
+    int (&kept)[kBlockWarps] = kept_of_warp_[turn_];
     turn_ ^= 1;
     if (lane == kWarp - 1) kept[warp] = with_me;
     __syncthreads();

@@ -81,7 +81,7 @@ def _gpu() -> ModuleType:
 def _projection(head: Head, wanted: Wanted) -> Any:
     """Of all tokens."""
     if _on_gpu(head.hidden):
-        return _gpu().Projection(*head, wanted)
+        return _gpu().projection(head, wanted)
     return Projection(*head[:3], None, head.chunk_tokens, wanted)
 
 
@@ -273,7 +273,8 @@ def gradient(
         )
 
     for_each_chunk(projection, kernel, carry_back=True)
-    return projection.gradients()
+    gradients: list[Tensor] = projection.gradients()
+    return gradients
 
 
 # ---- the same functions as operators of PyTorch ----------------------------------------------------------------------
@@ -380,11 +381,12 @@ def _cross_entropy_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _sampled_fake(*args: Any) -> tuple[Tensor, ...]:
     hidden, weight, tokens = args[0], args[1], args[0].shape[0]
+    of_tokens, of_entries = [tokens], [tokens]
     if hidden.is_cuda:
         plain = args[4].dtype not in CODES and args[8] == 0.0
-        of_tokens, of_entries = (tokens,), (tokens, slots_of_token(args[14], weight.shape[0], plain))
+        of_entries.append(slots_of_token(args[14], weight.shape[0], plain))
     else:
-        of_tokens, of_entries = (tokens + 1,), (torch.library.get_ctx().new_dynamic_size(),)
+        of_tokens, of_entries = [tokens + 1], [torch.library.get_ctx().new_dynamic_size()]
     return (
         _fake_loss(hidden, args[12]),
         hidden.new_empty((), dtype=torch.float64),
