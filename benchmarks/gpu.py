@@ -85,7 +85,8 @@ def main() -> None:
     path = RESULTS / f"cuda-{gpu}.json"
     path.write_text(json.dumps({"machine": machine(), "rows": rows, "linear": linear}, indent=1) + "\n")
     print(f"wrote {path}")
-    plot(rows, path.with_suffix(".png"))
+    plot(rows, "percent_of_copy", "% of the bandwidth of a copy in the same run", path.with_suffix(".png"))
+    plot(linear, "ms", "milliseconds: loss and both gradients", path.with_name(f"{path.stem}-linear.png"))
 
 
 def machine() -> dict[str, str]:
@@ -236,8 +237,8 @@ def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
         )
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Share of the copy bandwidth, by operation and peer; nothing without matplotlib."""
+def plot(rows: list[dict[str, Any]], quantity: str, label: str, path: Path) -> None:
+    """Bars by case, operation and peer; nothing without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -245,13 +246,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [row for row in rows if "ms" in row and row["operation"] != "copy"]
+    timed = [row for row in rows if "ms" in row and row["peer"] != "copy"]
+    if not timed:
+        return
     figure, axes = pyplot.subplots(figsize=(9, 0.28 * len(timed) + 1))
-    names = [f"{row['case']}, {row['operation']}: {row['peer']}" for row in timed]
-    colours = ["tab:blue" if row["peer"] == "fastloss" else "tab:grey" for row in timed]
-    axes.barh(names, [row["percent_of_copy"] for row in timed], color=colours)
+    names = [", ".join(row[part] for part in ("case", "operation", "peer") if part in row) for row in timed]
+    colours = ["tab:blue" if row["peer"].startswith("fastloss") else "tab:grey" for row in timed]
+    axes.barh(names, [row[quantity] for row in timed], color=colours)
     axes.invert_yaxis()
-    axes.set_xlabel("% of the bandwidth of a copy in the same run")
+    axes.set_xlabel(label)
     figure.savefig(path, bbox_inches="tight", dpi=120)
     print(f"wrote {path}")
 
