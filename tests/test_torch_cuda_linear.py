@@ -112,8 +112,11 @@ def test_scaled_loss_scales_its_gradients(backward, linear):
     options = {"linear_bias": made[2], "backward": backward, "seed": 3}
     plain = torch.autograd.grad(fl.linear_cross_entropy(*made[:2], target, **options), made)
     scaled = torch.autograd.grad(fl.linear_cross_entropy(*made[:2], target, **options) * -2.5, made)
-    for one, other in zip(scaled, plain, strict=True):
+    loss = fl.linear_cross_entropy(*made[:2], target, **options)
+    negated = torch.autograd.grad(loss, made, torch._neg_view(torch.tensor(2.5, dtype=loss.dtype)))
+    for one, other, third in zip(scaled, plain, negated, strict=True):
         torch.testing.assert_close(one, -2.5 * other, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(third, one, rtol=1e-12, atol=1e-14)
 
 
 def test_class_weights_make_the_denominator(linear):

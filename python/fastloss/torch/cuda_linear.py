@@ -120,6 +120,7 @@ def cross_entropy_backward(
 
 def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:
     """Multiplies in place, at no cost where the upstream gradient is 1."""
+    upstream = upstream.resolve_neg()
     of_loss = (upstream.data_ptr(), CODES[upstream.dtype], 0)
     for grad in filter(Tensor.numel, gradients):
         _cuda.scale(grad.data_ptr(), grad.numel(), CODES[grad.dtype], of_loss, *cuda.where(grad))
@@ -132,16 +133,15 @@ class _Sampler:
     """Collects what sampling keeps: places for each token, filled on the GPU."""
 
     def __init__(self, head: Head, task: Task, threshold: float, seed: Tensor) -> None:
-        tokens, classes = head.hidden.shape[0], head.weight.shape[0]
+        hidden, tokens, classes = head.hidden, head.hidden.shape[0], head.weight.shape[0]
         plain = task.target.dtype not in CODES and task.options.label_smoothing == 0.0
         self._slots = slots_of_token(threshold, classes, plain)
         self._threshold = threshold
-        self._seed = seed.to(head.hidden.device, non_blocking=True)
-        self.count = head.hidden.new_zeros(tokens, dtype=torch.int64)
-        self.columns = head.hidden.new_full(
-            (tokens, self._slots), classes, dtype=torch.int32
-        )  # an empty place: behind all classes
-        self.values = head.hidden.new_empty((tokens, self._slots), dtype=accumulation_dtype(head.hidden.dtype))
+        self._seed = seed.to(hidden.device, non_blocking=True)
+        self.count = hidden.new_zeros(tokens, dtype=torch.int64)
+        # Places that stay empty come behind all classes.
+        self.columns = hidden.new_full((tokens, self._slots), classes, dtype=torch.int32)
+        self.values = hidden.new_empty((tokens, self._slots), dtype=accumulation_dtype(hidden.dtype))
 
     def sample(self, call: _Call, saved: Tensor, numbers: Tensor, where: tuple[int, int]) -> None:
         """Keeps entries of a chunk whose tokens have these numbers."""
