@@ -95,6 +95,15 @@ def linear_eager() -> LinearLoss:
     return lambda hidden, weight, target: F.cross_entropy(F.linear(hidden, weight), target)
 
 
+def linear_chunked() -> LinearLoss:
+    """PyTorch's own in chunks."""
+    try:
+        options = torch.nn.LinearCrossEntropyOptions()
+    except AttributeError as error:
+        raise ImportError("needs PyTorch 2.13") from error
+    return partial(F.linear_cross_entropy, options=options)
+
+
 def linear_cce() -> LinearLoss:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -117,6 +126,7 @@ LINEAR_PEERS: dict[str, Callable[[], LinearLoss]] = {
     "fastloss exact": linear_fastloss,
     "fastloss sampled": linear_fastloss_sampled,
     "PyTorch eager": linear_eager,
+    "PyTorch chunked": linear_chunked,
     "liger-kernel": linear_liger,
     "cut-cross-entropy": linear_cce,
     "quack-kernels": linear_quack,
