@@ -111,6 +111,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("F64") = static_cast<int>(kF64);
   m.attr("F16") = static_cast<int>(kF16);
   m.attr("BF16") = static_cast<int>(kBF16);
+  m.attr("BLOCK") = kBlock;
   m.def("cross_entropy", &bind_cross_entropy);
   m.def("cross_entropy_backward", &bind_cross_entropy_backward);
   m.def("check_targets", [](const Targets& target, int64_t rows, int64_t classes, std::optional<int64_t> ignore_index) {

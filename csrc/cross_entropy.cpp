@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cross_entropy.hpp"
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 
@@ -32,6 +33,18 @@ void write_number(void* data, Dtype dtype, int64_t i, double value) {
     static_cast<float*>(data)[i] = static_cast<float>(value);
   }
 }
+
+// The numbers of each row, side by side.
+class SavedRows {
+ public:
+  SavedRows(const double* data, int64_t classes) : data_(data), width_(saved_width(classes)) {}
+  const SavedRow& operator[](int64_t row) const { return *reinterpret_cast<const SavedRow*>(data_ + row * width_); }
+  const double* block_max(int64_t row) const { return data_ + row * width_ + 3; }
+
+ private:
+  const double* data_;
+  int64_t width_;
+};
 
 // The parts of a call that forward and backward share.
 class Call {
@@ -69,10 +82,11 @@ class Call {
   }
 
   // `g` has one number a row, but with soft targets none.
-  void row_gradient(const Rows& rows, int r, const SavedRow* saved, double upstream, GradientRow* out, double* g) const {
+  void row_gradient(const Rows& rows, int r, const SavedRows& saved, double upstream, GradientRow* out, double* g) const {
     if (rows.ignored[r]) return;
     const int64_t row = rows.first + r;
     out[r] = cross_entropy_gradient(options_, classes_, saved[row], row_weight(row), soft_, upstream);
+    out[r].block_max = saved.block_max(row);
     if (!soft_) g[r] = upstream * row_weight(row) * (1.0 - options_.label_smoothing);
   }
 
@@ -124,15 +138,22 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
 
   // Not cleared: their pages are touched first by the threads that fill them.
   const std::unique_ptr<double[]> losses(new double[reduction == Reduction::kNone ? 0 : rows]);
-  const std::unique_ptr<double[]> kept(new double[saved ? 0 : 3 * rows]);
-  SavedRow* rows_saved = reinterpret_cast<SavedRow*>(saved ? saved : kept.get());
+  const int64_t width = saved_width(c.logits.shape[c.logits.axis]);
+  const std::unique_ptr<double[]> kept(new double[saved ? 0 : width * rows]);
+  double* numbers = saved ? saved : kept.get();
+  const SavedRows rows_saved(numbers, c.logits.shape[c.logits.axis]);
   Sweep sweep = call.sweep(grad);
   sweep.on_rows = [&](const Rows& rows, const RowStats* stats, const double* target_z, const int64_t*) {
     for (int r = 0; r < rows.count; ++r) {
       const int64_t row = rows.first + r;
-      rows_saved[row] = {};
-      const double row_loss =
-          rows.ignored[r] ? 0.0 : call.row_loss(row, stats[r], c.target ? target_z[r] : 0.0, &rows_saved[row]);
+      double* of_row = numbers + row * width;
+      double row_loss = 0.0;
+      if (rows.ignored[r]) {
+        std::fill_n(of_row, width, 0.0);
+      } else {
+        row_loss = call.row_loss(row, stats[r], c.target ? target_z[r] : 0.0, reinterpret_cast<SavedRow*>(of_row));
+        rows.copy_block_max(r, of_row + 3);
+      }
       if (reduction == Reduction::kNone) {
         write_number(loss, dtype, row, row_loss);
       } else {
@@ -161,7 +182,7 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
 void cross_entropy_backward(const CrossEntropyCall& c, double scale, const double* saved, const Upstream& upstream,
                             const Tensor& grad) {
   const Call call(c);
-  const SavedRow* rows_saved = reinterpret_cast<const SavedRow*>(saved);
+  const SavedRows rows_saved(saved, c.logits.shape[c.logits.axis]);
   Sweep sweep = call.sweep(grad);
   sweep.coefficients = [&](const Rows& rows, GradientRow* out, double* g) {
     for (int r = 0; r < rows.count; ++r) {
@@ -178,7 +199,7 @@ void soft_target_gradient(const CrossEntropyCall& c, double scale, const double*
   pass.classes = c.logits.shape[c.logits.axis];
   pass.transform = c.transform;
   pass.weight = c.weight;
-  const SavedRow* rows_saved = reinterpret_cast<const SavedRow*>(saved);
+  const SavedRows rows_saved(saved, c.logits.shape[c.logits.axis]);
   write_soft_gradient(pass, c.logits, out, [&](int64_t row, RowStats& stats) {
     stats.max = rows_saved[row].max;
     stats.rest = rows_saved[row].rest;

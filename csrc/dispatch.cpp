@@ -21,8 +21,9 @@ std::vector<Entry> entries() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // no CPU has AVX2 without F16C
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #else
-  const bool avx2 = false, avx512 = false;
+  const bool avx2 = false, avx512 = false, avx512bf16 = false;
 #endif
 #if defined(FASTLOSS_HAVE_AVX2)
   const Kernels* avx2_kernels = &kernels_avx2;
@@ -34,6 +35,11 @@ std::vector<Entry> entries() {
 #else
   const Kernels* avx512_kernels = nullptr;
 #endif
+#if defined(FASTLOSS_HAVE_AVX512BF16)
+  const Kernels* avx512bf16_kernels = &kernels_avx512bf16;
+#else
+  const Kernels* avx512bf16_kernels = nullptr;
+#endif
 #if defined(FASTLOSS_HAVE_NEON)
   const Kernels* neon_kernels = &kernels_neon;
 #else
@@ -42,6 +48,7 @@ std::vector<Entry> entries() {
   return {{"scalar", &kernels_scalar, true},
           {"avx2", avx2_kernels, avx2},
           {"avx512", avx512_kernels, avx512},
+          {"avx512bf16", avx512bf16_kernels, avx512bf16},
           {"neon", neon_kernels, neon_kernels != nullptr}};
 }
 
@@ -58,9 +65,10 @@ const Kernels* find(const std::string& name, const std::string& source) {
     if (entry.kernels && entry.supported) return entry.kernels;
     known = true;
   }
-  throw std::invalid_argument(source + " = '" + name + "' is " +
-                              (known ? "not available here" : "not a known instruction set (scalar, avx2, avx512, neon)") +
-                              "; available: " + joined(available_isas()));
+  throw std::invalid_argument(
+      source + " = '" + name + "' is " +
+      (known ? "not available here" : "not a known instruction set (scalar, avx2, avx512, avx512bf16, neon)") +
+      "; available: " + joined(available_isas()));
 }
 
 const Kernels* choose() {

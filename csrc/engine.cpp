@@ -20,7 +20,8 @@ constexpr int64_t kTasksOfLarge = 16;               // tasks a thread in a large
 constexpr int64_t kStreamBytes = int64_t{1} << 25;  // a gradient from here on would only push other data out of the caches
 // Neighbouring rows of a tile with its classes far apart: half a run reads memory slower, twice a run spills out of L2.
 constexpr int64_t kRunBytes = kTileRows * 2;
-constexpr int kTasksPerThread = 4;  // fewer tiles than that a thread: split within the rows
+constexpr int64_t kKeptElements = int64_t{1} << 20;  // of a tile: what L2 holds, or L3 after it
+constexpr int kTasksPerThread = 4;                   // fewer tiles than that a thread: split within the rows
 
 const RowKernels& kernels_for(Dtype dtype) { return dtype == kF64 ? kernels().f64 : kernels().f32; }
 
@@ -37,6 +38,17 @@ Scratch& scratch() {
   };
   thread_local Buffers buffers;
   return buffers.scratch;
+}
+
+// Room of one thread for the exponentials of a tile.
+void* powers_room(size_t bytes) {
+  thread_local std::unique_ptr<char[]> memory;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    memory.reset(new char[bytes + 64]);
+    size = bytes;
+  }
+  return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
 }
 
 bool adjacent(const Tensor& t) { return !t || t.strides[t.axis] == 1 || t.shape[t.axis] == 1; }
@@ -71,6 +83,7 @@ struct TileWork {
   std::vector<int64_t> ids, ranks;
   std::vector<char> ignored;
   std::vector<double> target_z, g, corrected, partials;
+  Scanned scanned;
   std::vector<RowStats> stats;
   std::vector<GradientRow> coefficients;
 };
@@ -83,10 +96,11 @@ class Run {
         layout_(tensors(sweep)),
         tiling_(layout_, rows, sweep.logits, sweep.grad),
         blocks_((sweep.pass.classes + kBlock - 1) / kBlock),
-        threads_(rows * sweep.pass.classes < kSerialElements ? 1 : get_num_threads()) {}
+        threads_(rows * sweep.pass.classes < kSerialElements ? 1 : get_num_threads()),
+        split_(threads_ > 1 && blocks_ > 1 && tiling_.count() < threads_ * kTasksPerThread && !s_.sampled) {}
 
   void run() {
-    if (threads_ > 1 && blocks_ > 1 && tiling_.count() < threads_ * kTasksPerThread && !s_.sampled) {
+    if (split_) {
       run_split();
       return;
     }
@@ -156,25 +170,41 @@ class Run {
     if (s_.want_rank && !w.skip) kernels_.gather(s_.pass, w.logits, w.rows, target_ids(w), w.target_z.data());
     if (s_.on_rows) w.partials.resize(blocks_ * kPartialFields * row_room(w));
     if (s_.want_rank) w.ranks.resize(ids * blocks_);
+    w.scanned = {{w.partials.data(), row_room(w)}, w.target_z.data(), s_.want_rank ? w.ranks.data() : nullptr};
+    keep_powers(w);
     w.stats.resize(w.rows);
     w.coefficients.resize(w.rows);
   }
 
   static int64_t row_room(const TileWork& w) { return (w.rows + kRowGroup - 1) / kRowGroup * kRowGroup; }
-  static Partials partials(TileWork& w) { return {w.partials.data(), row_room(w)}; }
+
+  // exp(z - ref) stays for a gradient that needs nothing else of the logits and follows on the same thread: over the logits
+  // themselves, if those will be overwritten anyway.
+  void keep_powers(TileWork& w) const {
+    const bool plain = !s_.soft && !s_.pass.weight && s_.pass.transform.softcap == 0.0;
+    const bool one_row = tiling_.rows_per_tile() == 1;
+    const size_t itemsize = s_.logits.dtype == kF64 ? sizeof(double) : sizeof(float);
+    const int64_t elements = (w.rows == 1 ? 1 : row_room(w)) * (s_.pass.classes + kLanes);
+    if (!s_.on_rows || !s_.coefficients || !plain || split_ || (s_.sampled && !one_row)) return;
+    if (one_row && s_.grad.data == s_.logits.data && itemsize_of(s_.grad.dtype) >= 4 && adjacent(s_.grad)) {
+      w.scanned.powers = w.grad.data;
+      w.scanned.last_powers = powers_room(kBlock * itemsize);
+    } else if (elements <= kKeptElements) {
+      w.scanned.powers = powers_room(elements * itemsize);
+    }
+  }
 
   TargetIds target_ids(const TileWork& w) const { return {s_.targets ? s_.targets.k : 0, w.ids.data()}; }
 
   void scan(TileWork& w, int64_t first, int64_t last) const {
     if (!s_.on_rows || w.skip) return;
-    kernels_.scan(s_.pass, w.logits, w.soft, w.rows, first, last, partials(w), target_ids(w), w.target_z.data(),
-                  s_.want_rank ? w.ranks.data() : nullptr, scratch());
+    kernels_.scan(s_.pass, w.logits, w.soft, w.rows, first, last, target_ids(w), w.scanned, scratch());
   }
 
   void finish(TileWork& w) const {
-    const Rows rows{w.first_row, w.rows, w.ignored.data()};
+    const Rows rows{w.first_row, w.rows, w.ignored.data(), w.scanned.partials, blocks_};
     if (s_.on_rows) {
-      if (!w.skip) kernels_.finish(s_.pass, w.logits, w.rows, partials(w), w.stats.data(), scratch());
+      if (!w.skip) kernels_.finish(s_.pass, w.logits, w.rows, w.scanned.partials, w.stats.data(), scratch());
       if (s_.want_rank) merge_ranks(w);
       s_.on_rows(rows, w.stats.data(), w.target_z.data(), w.ranks.data());
     }
@@ -203,7 +233,7 @@ class Run {
       return;
     }
     kernels_.gradient(s_.pass, w.logits, w.soft, w.rows, first, last, w.coefficients.data(), target_ids(w), w.g.data(),
-                      w.corrected.data(), w.grad, scratch());
+                      w.corrected.data(), w.scanned, w.grad, scratch());
   }
 
   void sample(TileWork& w) const {
@@ -226,7 +256,8 @@ class Run {
     const Tile logits = layout_.tile(0, row), soft = s_.soft ? layout_.tile(1, row) : Tile{};
     Kept<A> kept[kBlock];
     for (int64_t block = 0; block < blocks_; ++block) {
-      const int count = kernels_.sample(s_.pass, logits, soft, block, c, id, w.g.data() + r * k, sampling, kept, scratch());
+      const int count =
+          kernels_.sample(s_.pass, logits, soft, block, c, id, w.g.data() + r * k, w.scanned, sampling, kept, scratch());
       for (int i = 0; i < count; ++i) out.push_back({kept[i].column, kept[i].value});
     }
   }
@@ -237,6 +268,7 @@ class Run {
   const Tiling tiling_;
   const int64_t blocks_;
   const int threads_;
+  const bool split_;  // the blocks of a row go to several threads
 };
 
 }  // namespace

@@ -45,6 +45,12 @@ struct Rows {
   int64_t first = 0;
   int count = 0;
   const char* ignored = nullptr;  // not 0: this row's logits are not looked at
+  Partials partials = {};         // of the scan
+  int64_t blocks = 0;
+
+  void copy_block_max(int r, double* to) const {
+    for (int64_t block = 0; block < blocks; ++block) to[block] = partials.row(block, kMax)[r];
+  }
 };
 
 // One call over all rows: statistics if `on_rows` is given, then the gradient if `coefficients` is. Each row is seen once by
@@ -62,6 +68,9 @@ struct Sweep {
   std::function<void(const Rows& rows, GradientRow* coefficients, double* g)> coefficients;
   void run();
 };
+
+// Numbers that a forward keeps of each row: SavedRow, and the maxima of the blocks.
+inline int64_t saved_width(int64_t classes) { return 3 + (classes + kBlock - 1) / kBlock; }
 
 inline int64_t itemsize_of(Dtype dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
 

@@ -8,17 +8,13 @@
 namespace fastloss {
 namespace {
 
-inline double* partial_row(const Partials& p, int64_t block, PartialField field) {
-  return p.data + (block * kPartialFields + field) * p.row_room;
-}
-
 // Merges the partials of whole rows. `argmax` is set to the first block with the maximum.
 template <class V>
 void finish_rows(const Pass& pass, const Partials& partials, int rows, RowStats* stats) {
   const int64_t blocks = block_count(pass);
   const auto zero = V::set(0), one = V::set(1), just_below_one = V::set(0x1.fffffffffffffp-1);
   for (int row = 0; row < rows; row += V::kWidth) {
-    const auto part = [&](int64_t block, PartialField field) { return V::load(partial_row(partials, block, field) + row); };
+    const auto part = [&](int64_t block, PartialField field) { return V::load(partials.row(block, field) + row); };
     auto max = part(0, kMax), top = zero;
     for (int64_t b = 1; b < blocks; ++b) {
       top = V::select_greater(part(b, kMax), max, V::set(static_cast<double>(b)), top);

@@ -28,10 +28,13 @@ struct GradientFormula {
             c = O::per_row(t.c), d = O::per_row(t.d), e = O::per_row(t.e), plain = O::per_row(t.plain),
             plain_a = V::mul(a, inv_sum);
 
-  FASTLOSS_HD Reg at(const typename V::T* z, int i) const {
+  FASTLOSS_HD Reg of_power(Reg power) const { return V::fma(power, plain_a, d); }
+
+  template <class T>
+  FASTLOSS_HD Reg at(const T* z, int i) const {
     const auto x = clamp_exponent<V>(V::sub(load_at<O>(z, i), ref));
     const auto power = exp_clamped<V>(x);
-    const auto plain_g = V::fma(power, plain_a, d);
+    const auto plain_g = of_power(power);
     if constexpr (kPlain) return plain_g;
     const auto p = V::mul(power, inv_sum);
     auto g = V::mul(p, V::fma(c, p, V::fma(b, x, a)));
@@ -43,20 +46,38 @@ struct GradientFormula {
   }
 };
 
-// The gradient of one panel of n classes; `out` may be z itself. Nothing behind out + n is touched. `ahead` is memory that the
-// caller reads next. With kStream the stores go past the caches, and `out` is aligned to a register.
-template <class O, bool kPlain, bool kStream>
-inline void gradient_panel(const GradientTerms<O>& terms, const typename O::T* z, int n, const char* ahead, int ahead_bytes,
-                           typename O::T* out) {
+// What the gradient of a panel is made from.
+enum class From {
+  kLogits,
+  kLogitsPlain,  // rows of the plain form alone
+  kPowers,       // the same, exp(z - ref) in place of z
+};
+
+template <From kFrom>
+struct FromTag {
+  static constexpr From value = kFrom;
+};
+
+// The gradient of one panel of n classes; `out` may be `in` itself. Nothing behind out + n is touched. `ahead` is memory that
+// the caller reads next. With kStream the stores go past the caches, and `out` is aligned to what one register fills.
+template <class O, From kFrom, bool kStream, class In, class Out>
+inline void write_panel(const GradientTerms<O>& terms, const In* in, int n, const char* ahead, int ahead_bytes, Out* out) {
   using V = typename O::V;
-  const GradientFormula<O, kPlain> formula{terms};
+  const GradientFormula<O, kFrom != From::kLogits> formula{terms};
+  const auto at = [&](int i) {
+    if constexpr (kFrom == From::kPowers) {
+      return formula.of_power(load_at<O>(in, i));
+    } else {
+      return formula.at(in, i);
+    }
+  };
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);
     ahead += ahead_bytes;
 #pragma GCC unroll 8
     for (int k = 0; k < kLanes; k += O::kClasses) {
-      const auto g = formula.at(z, i + k);
+      const auto g = at(i + k);
       if constexpr (kStream) {
         V::stream(out + (i + k) * O::kRows, g);
       } else {
@@ -65,13 +86,13 @@ inline void gradient_panel(const GradientTerms<O>& terms, const typename O::T* z
     }
   }
   for (; i < n; i += O::kClasses) {
-    const auto g = formula.at(z, i);
+    const auto g = at(i);
     if (i + O::kClasses <= n) {
       V::store(out + i * O::kRows, g);
     } else {
       typename V::T rest[V::kWidth];
       V::store(rest, g);
-      for (int j = 0; i + j < n; ++j) out[i + j] = rest[j];
+      for (int j = 0; i + j < n; ++j) out[i + j] = narrow<Out>(rest[j]);
     }
   }
 }
@@ -157,48 +178,55 @@ FASTLOSS_HD inline void set_row(GradientTerms<O>& terms, int r, const GradientRo
   terms.e[r] = static_cast<A>(c.e * slope);
 }
 
-// The terms of the rows of one panel; whether all of them are plain.
+template <class A>
+inline bool is_plain(const Pass& pass, const Tile& soft, const GradientRow& c) {
+  const bool weighted = pass.weight && c.d != 0.0;
+  return static_cast<A>(c.b) == 0 && static_cast<A>(c.c) == 0 && !weighted && !soft.data && pass.transform.softcap == 0.0;
+}
+
+// The terms of the rows of one panel of a block.
 template <class O>
-inline bool set_terms(const Pass& pass, const GradientRow* rows, int count, GradientTerms<O>& terms) {
+inline void set_terms(const Pass& pass, const Tile& soft, const GradientRow* rows, int count, int64_t block,
+                      GradientTerms<O>& terms) {
+  using A = typename O::T;
   const double slope = terms.derivative ? 1.0 : pass.transform.inv_temperature;
-  bool all_plain = true;
   for (int r = 0; r < count; ++r) {
     const GradientRow& c = rows[r];
-    terms.plain[r] = 1;
+    terms.plain[r] = c.zero || is_plain<A>(pass, soft, c);
     if (c.zero) continue;
     set_row(terms, r, c, slope);
-    const bool weighted = terms.weight && c.d != 0.0;
-    const bool plain = terms.b[r] == 0 && terms.c[r] == 0 && !weighted && !terms.soft && !terms.derivative;
-    terms.plain[r] = plain;
-    all_plain &= plain;
+    const double block_max = c.block_max[block];
+    if (block_max == c.max) continue;
+    const double shift = clamp_exponent<ScalarF64>(block_max - c.max);
+    terms.ref[r] = finite_reference(static_cast<A>(block_max));
+    terms.inv_sum[r] = static_cast<A>(exp_clamped<ScalarF64>(shift) / (1.0 + c.rest));
+    terms.a[r] = static_cast<A>((c.a + c.b * shift) * slope);
   }
-  return all_plain;
 }
 
 template <class O>
 void gradient_panels(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end,
                      const GradientRow* coefficients, const TargetIds& ids, const double* g, double* corrected,
-                     const Tile& grad, Scratch& scratch) {
+                     const Scanned& scanned, const Tile& grad, Scratch& scratch) {
   using V = typename O::V;
   using A = typename V::T;
   const bool softcapped = pass.transform.softcap != 0.0;
-  const int ahead_bytes = bytes_ahead(logits, rows);
-  // Rows of float32 and float64 go straight to memory; what needs rounding or lies across goes by way of the staged panels.
-  const bool direct = O::kRows == 1 && grad.class_step == 1 && grad.dtype == (sizeof(A) == 8 ? kF64 : kF32);
-  for (int64_t block = begin; block < end; ++block) {
+  const int ahead_bytes = scanned.powers ? 0 : bytes_ahead(logits, rows);
+  bool plain = true;
+  for (int r = 0; r < rows; ++r) plain &= coefficients[r].zero || is_plain<A>(pass, soft, coefficients[r]);
+  // Rows with adjacent classes go straight to memory; what lies across goes by way of the staged panels.
+  const bool direct = O::kRows == 1 && grad.class_step == 1 && (sizeof(A) == 8) == (grad.dtype == kF64);
+  // Logits that were just read lie in the cache, but for planes, whose lines all fall into the same few sets.
+  const bool past_caches = pass.stream && (O::kRows > 1 || grad.data != logits.data);
+
+  const auto write_block = [&](int64_t block, auto storage) {
+    using Out = typename decltype(storage)::Type;
     const int64_t first = block * kBlock;
     const int n = block_length(pass.classes, block);
     if (direct && rows == 1 && coefficients[0].zero) {
-      __builtin_memset(element<A>(grad, 0, first), 0, n * sizeof(A));
-      continue;
+      __builtin_memset(element<Out>(grad, 0, first), 0, n * sizeof(Out));
+      return;
     }
-    const Staged<A> staged =
-        stage_logits<O>(pass, logits, rows, block, scratch, /*want_derivative=*/true, /*may_alias=*/direct);
-    const A* weight = pass.weight ? stage_weight<A>(pass, block, scratch) : nullptr;
-    A* q = soft.data ? static_cast<A*>(scratch.soft) : nullptr;
-    if (q) load_tile<O>(soft, first, n, rows, A(0), q, staged.panel_size);
-    const A* derivative = softcapped ? static_cast<const A*>(scratch.derivative) : nullptr;
-
     // Calls visit(r, i, at) for each target of the block.
     const auto for_targets = [&](auto visit) {
       for (int r = 0; r < rows; ++r) {
@@ -208,45 +236,83 @@ void gradient_panels(const Pass& pass, const Tile& logits, const Tile& soft, int
         }
       }
     };
-    // The targets first: `out` may be z.
+    // 16-bit logits that are looked at once are read where they lie.
+    const bool unstaged = plain && !scanned.powers && direct && sizeof(Out) == 2 && logits.dtype == grad.dtype &&
+                          is_whole_block(pass, logits, rows, n);
+    Staged<A> staged = {nullptr, O::padded(n) * O::kRows};
+    if (scanned.powers) {
+      staged.z = powers_of<O>(pass, scanned, rows, block);
+    } else if (!unstaged) {
+      staged = stage_logits<O>(pass, logits, rows, block, scratch, /*want_derivative=*/true, /*may_alias=*/direct);
+    }
+    const A* weight = pass.weight ? stage_weight<A>(pass, block, scratch) : nullptr;
+    A* q = soft.data ? static_cast<A*>(scratch.soft) : nullptr;
+    if (q) load_tile<O>(soft, first, n, rows, A(0), q, staged.panel_size);
+    const A* derivative = softcapped ? static_cast<const A*>(scratch.derivative) : nullptr;
+
+    // The targets first: the gradient may take the place of the logits.
     TargetGradients<typename V::Wide> targets;
     for_targets([&](int r, int i, int64_t at) {
       const int64_t there = place<O>(r, at, staged.panel_size);
+      const double z = scanned.powers ? scanned.target_z[r * ids.k + i]
+                       : unstaged     ? widen(*element<const Out>(logits, r, first + at))
+                                      : staged.z[there];
       const double slope = softcapped ? derivative[there] : pass.transform.inv_temperature;
-      targets.add(coefficients[r], staged.z[there], weight ? weight[at] : 1.0, slope,
-                  one_hot(ids.id + r * ids.k, g + r * ids.k, ids.k, i), corrected + r * ids.k + i);
+      targets.add(coefficients[r], z, weight ? weight[at] : 1.0, slope, one_hot(ids.id + r * ids.k, g + r * ids.k, ids.k, i),
+                  corrected + r * ids.k + i);
     });
     targets.flush();
+
     const auto panel_out = [&](int p) {
-      return direct ? element<A>(grad, p, first) : const_cast<A*>(staged.z) + p * staged.panel_size;
+      return direct ? element<Out>(grad, p, first) : reinterpret_cast<Out*>(const_cast<A*>(staged.z) + p * staged.panel_size);
+    };
+    const auto put = [&](int r, int64_t at, double value) {
+      panel_out(r / O::kRows)[place<O>(r % O::kRows, at, 0)] = narrow<Out>(value);
     };
     for (int p = 0; p < panel_count<O>(rows); ++p) {
       const int row = p * O::kRows;
       const int count = rows - row < O::kRows ? rows - row : O::kRows;
+      Out* out = panel_out(p);
       const A* z = staged.z + p * staged.panel_size;
-      A* out = panel_out(p);
       GradientTerms<O> terms;
       terms.weight = weight;
       terms.soft = q ? q + p * staged.panel_size : nullptr;
       terms.derivative = derivative ? derivative + p * staged.panel_size : nullptr;
-      const bool plain = set_terms<O>(pass, coefficients + row, count, terms);
-      // Over the logits themselves the line is at hand: nothing is gained past the caches.
-      const bool stream = direct && pass.stream && out != z && reinterpret_cast<uintptr_t>(out) % sizeof(typename V::Reg) == 0;
-      const auto write = plain    ? stream ? &gradient_panel<O, true, true> : &gradient_panel<O, true, false>
-                         : stream ? &gradient_panel<O, false, true>
-                                  : &gradient_panel<O, false, false>;
-      write(terms, z, n, next_block(logits, block, ahead_bytes), ahead_bytes, out);
+      set_terms<O>(pass, soft, coefficients + row, count, block, terms);
+      const bool stream = direct && past_caches && reinterpret_cast<uintptr_t>(out) % (V::kWidth * sizeof(Out)) == 0;
+      const auto write = [&](auto from, const auto* in) {
+        constexpr From kFrom = decltype(from)::value;
+        const char* ahead = next_block(logits, block, ahead_bytes);
+        if (stream) {
+          write_panel<O, kFrom, true>(terms, in, n, ahead, ahead_bytes, out);
+        } else {
+          write_panel<O, kFrom, false>(terms, in, n, ahead, ahead_bytes, out);
+        }
+      };
+      if (scanned.powers) {
+        write(FromTag<From::kPowers>{}, z);
+      } else if (unstaged) {
+        write(FromTag<From::kLogitsPlain>{}, element<const Out>(logits, 0, first));
+      } else if (plain) {
+        write(FromTag<From::kLogitsPlain>{}, z);
+      } else {
+        write(FromTag<From::kLogits>{}, z);
+      }
       for (int r = 0; r < count; ++r) {
-        for (int j = 0; j < n && coefficients[row + r].zero; ++j) out[j * O::kRows + r] = 0;
+        for (int j = 0; j < n && coefficients[row + r].zero; ++j) put(row + r, j, 0.0);
       }
     }
-    for_targets([&](int r, int i, int64_t at) {
-      panel_out(r / O::kRows)[place<O>(r % O::kRows, at, 0)] = static_cast<A>(corrected[r * ids.k + i]);
-    });
-    // Logits that were just read lie in the cache, but for planes, whose lines all fall into the same few sets.
-    const bool stream = pass.stream && (O::kRows > 1 || grad.data != logits.data);
-    if (!direct) store_tile<O>(staged.z, staged.panel_size, first, n, rows, grad, stream);
-  }
+    for_targets([&](int r, int i, int64_t at) { put(r, at, corrected[r * ids.k + i]); });
+    if (!direct) store_tile<O>(staged.z, staged.panel_size, first, n, rows, grad, past_caches);
+  };
+  with_storage(direct           ? grad.dtype
+               : sizeof(A) == 8 ? kF64
+                                : kF32,
+               [&](auto storage) {
+                 if constexpr (kNative<V, typename decltype(storage)::Type>) {
+                   for (int64_t block = begin; block < end; ++block) write_block(block, storage);
+                 }
+               });
   if (pass.stream) V::fence();
 }
 

@@ -74,8 +74,22 @@ enum PartialField : int {
 
 // data[(block * kPartialFields + field) * row_room + row]: the rows of a tile side by side, with room for a whole kRowGroup.
 struct Partials {
-  double* data;
-  int64_t row_room;
+  double* data = nullptr;
+  int64_t row_room = 0;
+  FASTLOSS_HD double* row(int64_t block, PartialField field) const {
+    return data + (block * kPartialFields + field) * row_room;
+  }
+};
+
+// What a scan of a tile leaves.
+struct Scanned {
+  Partials partials = {};
+  double* target_z = nullptr;  // of the target ids
+  int64_t* ranks = nullptr;    // if wanted: how many classes of a block come before each target in a stable descending sort
+  // exp(z - ref), block after block as panels (powers_of in staging.hpp), from which a gradient is made without the logits.
+  // Null: not kept. May be the logits; then those of a last block that is not whole, which the loops pad, lie elsewhere.
+  void* powers = nullptr;
+  void* last_powers = nullptr;
 };
 
 // Statistics of one row; what is not wanted holds nothing. The normaliser is kept as (max, rest): sum_j exp(z_j - max) = 1 +
@@ -94,11 +108,15 @@ struct RowStats {
   int64_t argmax;      // first class of the maximal logit; -1 unless kWantArgmax, and where rest is NaN
 };
 
+// A row's probabilities are made as exp(z - ref) exp(ref - max) / (1 + rest), with the ref of each block: so they have the same
+// bits whether a scan kept its exponentials or not.
+//
 // grad_z_j = p_j (a + b x_j + c p_j) + w_j (d + e q_j) - sum_k g_k [j = id_k],  x_j = z_j - max
 struct GradientRow {
   double max = 0, rest = 0;
   double a = 0, b = 0, c = 0, d = 0, e = 0;
-  bool zero = false;  // an ignored row: zeros, whatever its logits hold
+  bool zero = false;                  // an ignored row: zeros, whatever its logits hold
+  const double* block_max = nullptr;  // of each block
 };
 
 // Target ids of the rows of a tile: id[row * k + i].
@@ -137,25 +155,24 @@ struct RowKernels {
   // z of the target ids, in double: z[row * k + i].
   void (*gather)(const Pass&, const Tile& logits, int rows, const TargetIds&, double* z);
 
-  // Partials of the blocks [begin, end), and target_z of the ids that lie in them.
-  // With `ranks`, which needs all of target_z gathered before, also how many classes of each block come before each target in a
-  // stable descending sort: ranks[(row * blocks_of_a_row + block) * k + i].
-  void (*scan)(const Pass&, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, const Partials&,
-               const TargetIds&, double* target_z, int64_t* ranks, Scratch&);
+  // Fills in what Scanned has room for, of the blocks [begin, end) and the ids that lie in them. Ranks, which need all of
+  // target_z gathered before, lie at [(row * blocks_of_a_row + block) * k + i].
+  void (*scan)(const Pass&, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, const TargetIds&,
+               const Scanned&, Scratch&);
 
   // Merges the partials of whole rows.
   void (*finish)(const Pass&, const Tile& logits, int rows, const Partials&, RowStats* stats, Scratch&);
 
   // The gradient of the blocks [begin, end), into `grad` (which may be the logits). g[row * k + i] goes with the ids;
-  // `corrected` is room for rows * k doubles.
+  // `corrected` is room for rows * k doubles. Of what was scanned it takes the powers, if there are any.
   void (*gradient)(const Pass&, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end,
-                   const GradientRow* coefficients, const TargetIds&, const double* g, double* corrected, const Tile& grad,
-                   Scratch&);
+                   const GradientRow* coefficients, const TargetIds&, const double* g, double* corrected, const Scanned&,
+                   const Tile& grad, Scratch&);
 
   // One row's gradient as `gradient` makes it, sampled (sampled.hpp): writes the kept entries of one block, in ascending order
   // of columns, to `kept` (Kept<A>, room for kBlock of them), and returns how many.
   int (*sample)(const Pass&, const Tile& logits, const Tile& soft, int64_t block, const GradientRow& coefficients,
-                const TargetIds&, const double* g, const Sampling&, void* kept, Scratch&);
+                const TargetIds&, const double* g, const Scanned&, const Sampling&, void* kept, Scratch&);
 
   // out[h] = sum_k values[k] matrix[ids[k]][h], values of the accumulation type; no k at all gives zeros.
   void (*weighted_rows)(const Tile& matrix, int64_t width, const int32_t* ids, const void* values, int64_t count,
@@ -175,6 +192,7 @@ struct Kernels {
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_neon;
 
 }  // namespace fastloss

@@ -126,7 +126,8 @@ struct CrossEntropyOptions {
   double z_loss = 0.0;
 };
 
-// What the backward needs of a row besides the logits; `mass` is the factor of log-sum-exp in the loss.
+// What the backward needs of a row besides the logits; `mass` is the factor of log-sum-exp in the loss. On the CPU the maxima
+// of the blocks follow it.
 struct SavedRow {
   double max, rest, mass;
 };

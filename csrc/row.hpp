@@ -73,8 +73,8 @@ inline void for_registers(int n, Group group, Step step) {
   }
 }
 
-template <class O>
-FASTLOSS_HD inline typename O::V::Reg load_at(const typename O::T* panel, int at) {
+template <class O, class T>
+FASTLOSS_HD inline typename O::V::Reg load_at(const T* panel, int at) {
   return O::V::load(panel + at * O::kRows);
 }
 
@@ -102,15 +102,40 @@ inline void row_max(const typename O::T* z, int n, typename O::T* out) {
   top.reduce(V::max, out);
 }
 
+// Widens one row of n adjacent classes to a panel, and takes its maximum on the way.
+template <class O, class T>
+inline void widen_with_max(const T* x, int n, typename O::T* z, typename O::T* max) {
+  using V = typename O::V;
+  const auto lowest = -static_cast<typename O::T>(__builtin_huge_val());
+  const int whole = n / kLanes * kLanes;
+  widen_run<V>(x + whole, n - whole, z + whole);
+  for (int j = n; j < O::padded(n); ++j) z[j] = lowest;
+  Lanes<O> top(lowest);
+  for_registers<O>(
+      n, [] {},
+      [&](int at, int k) {
+        auto reg = V::set(0);
+        if (at < whole) {
+          reg = V::load(x + at);
+          V::store(z + at, reg);
+        } else {
+          reg = V::load(z + at);
+        }
+        top.reg[k] = V::max(reg, top.reg[k]);
+      });
+  top.reduce(V::max, max);
+}
+
 template <class O>
 struct PanelSums {
   typename O::T sum[O::kRows], sum_x[O::kRows], sum_sq[O::kRows];
 };
 
-// sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x). `ahead` is memory that the caller reads next.
-template <class O, bool kEntropy, bool kSquares>
+// sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x), which stays in `powers` with kKeep. `ahead` is memory
+// that the caller reads next.
+template <class O, bool kEntropy, bool kSquares, bool kKeep>
 inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, const char* ahead, int ahead_bytes,
-                     PanelSums<O>& out) {
+                     typename O::T* powers, PanelSums<O>& out) {
   using V = typename O::V;
   Lanes<O> sum(0), sum_x(0), sum_sq(0);
   const auto reference = O::per_row(ref);
@@ -121,6 +146,7 @@ inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, co
   for_registers<O>(n, fetch, [&](int at, int k) {
     const auto x = clamp_exponent<V>(V::sub(load_at<O>(z, at), reference));
     const auto e = exp_clamped<V>(x);
+    if constexpr (kKeep) V::store(powers + at * O::kRows, e);
     sum.reg[k] = V::add(sum.reg[k], e);
     if constexpr (kEntropy) sum_x.reg[k] = V::fma(e, x, sum_x.reg[k]);
     if constexpr (kSquares) sum_sq.reg[k] = V::fma(e, e, sum_sq.reg[k]);

@@ -262,14 +262,19 @@ struct Staged {
   int64_t panel_size;
 };
 
-// The block as panels of z. A full block of one row that needs no conversion is read where it lies.
+// A block of adjacent classes without padding, of one row, that no transform changes.
+inline bool is_whole_block(const Pass& pass, const Tile& logits, int rows, int n) {
+  return rows == 1 && logits.class_step == 1 && n == kBlock && is_identity(pass.transform);
+}
+
+// The block as panels of z. A whole block that needs no conversion is read where it lies.
 template <class O>
 inline Staged<typename O::T> stage_logits(const Pass& pass, const Tile& logits, int rows, int64_t block, Scratch& scratch,
                                           bool want_derivative = false, bool may_alias = true) {
   using A = typename O::T;
   const int n = block_length(pass.classes, block);
   const bool same_type = logits.dtype == (sizeof(A) == 8 ? kF64 : kF32);
-  if (may_alias && same_type && rows == 1 && logits.class_step == 1 && n == kBlock && is_identity(pass.transform)) {
+  if (may_alias && same_type && is_whole_block(pass, logits, rows, n)) {
     return {element<const A>(logits, 0, block * kBlock), 0};
   }
   A* z = static_cast<A*>(scratch.logits);
@@ -282,6 +287,14 @@ inline Staged<typename O::T> stage_logits(const Pass& pass, const Tile& logits, 
     }
   }
   return {z, size};
+}
+
+// Where the exponentials of a block are kept, in panels as those of its logits.
+template <class O>
+inline typename O::T* powers_of(const Pass& pass, const Scanned& scanned, int rows, int64_t block) {
+  if (scanned.last_powers && block_length(pass.classes, block) < kBlock)
+    return static_cast<typename O::T*>(scanned.last_powers);
+  return static_cast<typename O::T*>(scanned.powers) + block * kBlock * panel_count<O>(rows) * O::kRows;
 }
 
 // Class weights of a block (ones where there are none), with zeros behind the last class.

@@ -43,9 +43,11 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
       write(out.max_prob, row, 1.0 / (1.0 + s.rest));
       if (out.argmax) out.argmax[row] = s.argmax;
       if (out.saved) {
-        out.saved[3 * row] = s.max;
-        out.saved[3 * row + 1] = s.rest;
-        out.saved[3 * row + 2] = 0.0;
+        double* saved = out.saved + saved_width(classes) * row;
+        saved[0] = s.max;
+        saved[1] = s.rest;
+        saved[2] = 0.0;
+        rows.copy_block_max(r, saved + 3);
       }
     }
   };
@@ -64,7 +66,8 @@ void stats_gradient(const Tensor& logits, const double* saved, const double* coe
     for (int r = 0; r < rows.count; ++r) {
       const int64_t row = rows.first + r;
       const double* c = coefficients + 4 * row;
-      out[r] = {saved[3 * row], saved[3 * row + 1], c[0], c[1], c[2], c[3], 0.0, false};
+      const double* of_row = saved + saved_width(logits.shape[logits.axis]) * row;
+      out[r] = {of_row[0], of_row[1], c[0], c[1], c[2], c[3], 0.0, false, of_row + 3};
       for (int i = 0; targets && i < targets.k; ++i) row_g[r * targets.k + i] = g[row * targets.k + i];
     }
   };

@@ -17,7 +17,7 @@ struct StatsOutputs {
   void* max_prob = nullptr;
   int64_t* argmax = nullptr;
   int64_t* rank = nullptr;  // [N, k]
-  double* saved = nullptr;  // [N, 3]: max, rest, 0
+  double* saved = nullptr;  // [N, saved_width]: max, rest, 0, maxima of blocks
 };
 
 void statistics(const Tensor& logits, const Targets& targets, const Transform& transform, const StatsOutputs& outputs);

@@ -17,6 +17,11 @@ def tensor(array, axis):
     return (array.ctypes.data, CODES[array.dtype], array.shape, strides, axis % array.ndim)
 
 
+def saved_width(classes):
+    """Numbers kept of a row: three, and the maximum of each block."""
+    return 3 + -(-classes // _cpu.BLOCK)
+
+
 def address(array):
     return 0 if array is None else array.ctypes.data
 
@@ -29,7 +34,7 @@ class Call:
         self.reduction, self.denominator = reduction, denominator
         rows = logits.size // logits.shape[axis] if logits.shape[axis] else 0
         self.loss = np.zeros(rows if reduction == "none" else (), accumulation(logits.dtype))
-        self.saved = np.zeros((rows, 3), np.float64)
+        self.saved = np.zeros((rows, saved_width(logits.shape[axis])), np.float64)
         self.divisor = None
 
     def _inputs(self):

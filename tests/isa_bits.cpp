@@ -56,7 +56,8 @@ struct Outcome {
   std::vector<RowStats> stats;
   std::vector<int64_t> ranks;
   std::vector<char> gradient, soft_gradient, combined;
-  std::vector<double> sampled;  // columns and values in turn
+  std::vector<char> plain_gradient, gradient_of_powers;  // the same, from logits and from the exponentials of a scan
+  std::vector<double> sampled;                           // columns and values in turn
 };
 
 bool same(const void* a, const void* b, size_t bytes) { return memcmp(a, b, bytes) == 0; }
@@ -128,21 +129,25 @@ Outcome run(const Kernels& kernels, const Case& c) {
   out.z.resize(id.size());
   const int64_t row_room = (c.rows + kRowGroup - 1) / kRowGroup * kRowGroup;
   std::vector<double> partials(blocks * kPartialFields * row_room);
+  std::vector<double> powers((c.classes + kLanes) * row_room);
   out.ranks.resize(c.rows * blocks * 2);
   out.stats.resize(c.rows);
   k.gather(pass, tile(logits), c.rows, ids, out.z.data());
-  k.scan(pass, tile(logits), tile(soft), c.rows, 0, blocks, {partials.data(), row_room}, ids, out.z.data(), out.ranks.data(),
-         buffers.scratch);
+  Scanned scanned{{partials.data(), row_room}, out.z.data(), out.ranks.data()};
+  k.scan(pass, tile(logits), tile(soft), c.rows, 0, blocks, ids, scanned, buffers.scratch);
   for (int64_t field = 0; field < blocks * kPartialFields; ++field) {
     const auto row = partials.begin() + field * row_room;
     out.partials.insert(out.partials.end(), row, row + c.rows);
   }
-  k.finish(pass, tile(logits), c.rows, {partials.data(), row_room}, out.stats.data(), buffers.scratch);
+  k.finish(pass, tile(logits), c.rows, scanned.partials, out.stats.data(), buffers.scratch);
   std::vector<GradientRow> coefficients(c.rows);
   std::vector<double> g(id.size(), 0.25), corrected(id.size()), scale(c.rows, 0.75);
+  std::vector<double> block_max(blocks * c.rows);
   for (int r = 0; r < c.rows; ++r) {
+    for (int64_t b = 0; b < blocks; ++b) block_max[r * blocks + b] = scanned.partials.row(b, kMax)[r];
     coefficients[r] = {out.stats[r].max, out.stats[r].rest, 0.5, 0.125, 0.375, -0.01, -0.75, false};
     if (c.kind == 0 && r % 2 == 0) coefficients[r] = {out.stats[r].max, out.stats[r].rest, 0.5, 0, 0, 0, 0, false};
+    coefficients[r].block_max = &block_max[r * blocks];
   }
   coefficients[c.rows / 2].zero = c.rows > 1;
   out.soft_gradient.resize(logits.size());
@@ -151,7 +156,7 @@ Outcome run(const Kernels& kernels, const Case& c) {
   if (c.rows == 1) {
     const auto sample = [&](auto* kept) {
       for (int64_t block = 0; block < blocks; ++block) {
-        const int count = k.sample(pass, tile(logits), tile(soft), block, coefficients[0], {1, id.data()}, g.data(),
+        const int count = k.sample(pass, tile(logits), tile(soft), block, coefficients[0], {1, id.data()}, g.data(), {},
                                    {0.01, {0x12345678, 0x9abcdef0}}, kept, buffers.scratch);
         for (int i = 0; i < count; ++i) {
           out.sampled.push_back(kept[i].column);
@@ -170,7 +175,22 @@ Outcome run(const Kernels& kernels, const Case& c) {
                   {out.combined.data(), c.dtype, 0, 1}, false);
   out.gradient = logits;  // in place
   k.gradient(pass, tile(out.gradient), c.kind == 0 ? Tile{} : tile(soft), c.rows, 0, blocks, coefficients.data(), ids, g.data(),
-             corrected.data(), tile(out.gradient), buffers.scratch);
+             corrected.data(), {}, tile(out.gradient), buffers.scratch);
+  if (c.softcap == 0) {
+    pass.weight = nullptr;
+    pass.want = 0;
+    scanned.ranks = nullptr;
+    for (GradientRow& row : coefficients) row.b = row.c = row.d = row.e = 0;
+    const auto plain_gradient = [&](std::vector<char>& to) {
+      to.resize(logits.size());
+      k.gradient(pass, tile(logits), {}, c.rows, 0, blocks, coefficients.data(), ids, g.data(), corrected.data(), scanned,
+                 tile(to), buffers.scratch);
+    };
+    plain_gradient(out.plain_gradient);
+    scanned.powers = powers.data();
+    k.scan(pass, tile(logits), {}, c.rows, 0, blocks, ids, scanned, buffers.scratch);
+    plain_gradient(out.gradient_of_powers);
+  }
   return out;
 }
 
@@ -180,6 +200,10 @@ const char* difference(const Outcome& a, const Outcome& b, Dtype dtype) {
   if (!same_doubles(a.stats.data(), b.stats.data(), a.stats.size() * sizeof(RowStats))) return "statistics";
   if (a.ranks != b.ranks) return "ranks";
   if (!same_numbers(a.gradient, b.gradient, dtype)) return "gradient";
+  if (!same_numbers(a.plain_gradient, b.plain_gradient, dtype)) return "plain gradient";
+  for (const Outcome* o : {&a, &b}) {
+    if (!same_numbers(o->plain_gradient, o->gradient_of_powers, dtype)) return "gradient of powers";
+  }
   if (!same_numbers(a.soft_gradient, b.soft_gradient, dtype)) return "gradient by the soft targets";
   if (a.sampled.size() != b.sampled.size()) return "number of sampled entries";
   if (!same_doubles(a.sampled.data(), b.sampled.data(), a.sampled.size() * sizeof(double))) return "sampled entries";
@@ -198,6 +222,9 @@ int main() {
 #endif
 #if defined(FASTLOSS_HAVE_AVX512)
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) others.push_back(&kernels_avx512);
+#endif
+#if defined(FASTLOSS_HAVE_AVX512BF16)
+  if (__builtin_cpu_supports("avx512bf16")) others.push_back(&kernels_avx512bf16);
 #endif
 #endif
 #if defined(FASTLOSS_HAVE_NEON)

@@ -6,7 +6,7 @@ import pytest
 
 import fastloss
 import reference
-from helpers import AWKWARD_LENGTHS, DTYPES, accumulation, assert_cross_entropy_contract, assert_loss_close
+from helpers import AWKWARD_LENGTHS, DTYPES, accumulation, assert_cross_entropy_contract, assert_loss_close, bfloat16
 from reference import Options
 
 INF = np.inf
@@ -268,6 +268,19 @@ def test_probabilities_below_the_smallest_normal_number_are_zero_or_subnormal(is
     assert np.all(gradient[0, 1:] >= 0)
     assert gradient[0, 1] > 0
     assert np.all(gradient[0, 4:] == 0)
+
+
+@pytest.mark.skipif(bfloat16 is None, reason="needs ml_dtypes")
+def test_bfloat16_gradients_below_the_smallest_normal_number_are_zero(isa, rng):
+    logits = rng.standard_normal((3, 5000)).astype(bfloat16)
+    target = np.array([0, 17, 4999])
+    _, normal = fastloss.cross_entropy(logits, target, denominator=1.0, return_grad=True)
+    for shrink in (2.0**-119, 2.0**-100):
+        _, gradient = fastloss.cross_entropy(logits, target, denominator=1 / shrink, return_grad=True)
+        exact = normal.astype(np.float64) * shrink
+        kept = np.abs(exact) >= 2.0**-126
+        assert np.array_equal(gradient.astype(np.float64), np.where(kept, exact, 0))
+    assert kept.all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,7 +26,11 @@ def cpu_flags():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 only")
 @pytest.mark.parametrize(
     ("name", "needed"),
-    [("avx2", {"avx2", "fma", "f16c"}), ("avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"})],
+    [
+        ("avx2", {"avx2", "fma", "f16c"}),
+        ("avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+        ("avx512bf16", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
+    ],
 )
 def test_isa_is_available_exactly_where_the_cpu_has_it(name, needed):
     assert (name in fastloss.available_isas()) == (needed <= cpu_flags())
@@ -48,7 +52,7 @@ def test_empty_environment_chooses_the_best_isa():
 def test_unknown_isa_in_the_environment_fails_the_import_and_names_the_known(name):
     done = run_python("import fastloss", FASTLOSS_ISA=name)
     assert done.returncode == 1
-    for word in ("FASTLOSS_ISA", name, "scalar", "avx2", "avx512", "neon"):
+    for word in ("FASTLOSS_ISA", name, "scalar", "avx2", "avx512", "avx512bf16", "neon"):
         assert word in done.stderr
 
 

@@ -218,7 +218,7 @@ def test_statistics_of_no_rows_are_empty():
 def gradient_of(name, logits, upstream, options=DEFAULT):
     """The gradient of sum_i upstream_i * statistic_i, by the coefficients of DESIGN section 1."""
     count = len(logits)
-    saved = np.empty((count, 3))
+    saved = np.empty((count, binding.saved_width(logits.shape[-1])))
     entropy, squares, top = (np.empty(count, accumulation(logits.dtype)) for _ in range(3))
     argmax = np.empty(count, np.int64)
     transform = (options.temperature, options.softcap or 0.0, binding.address(options.bias))
@@ -282,7 +282,7 @@ def test_duplicate_targets_add_up_in_the_gradient(isa, rng):
     logits = rng.standard_normal((2, 5000)).astype(np.float32)
     ids = np.array([[7, 7, 4999], [4096, 0, 4096]])
     upstream = np.array([[1.0, 2.0, -0.5], [0.25, 1.0, 3.0]])
-    saved = np.empty((2, 3))
+    saved = np.empty((2, binding.saved_width(logits.shape[-1])))
     _cpu.statistics(binding.tensor(logits, 1), None, 0, (1.0, 0.0, 0), (0,) * 8, saved.ctypes.data)
     coefficients, g = np.zeros((2, 4)), np.ascontiguousarray(-upstream)
     coefficients[:, 0] = -upstream.sum(axis=1)

@@ -123,7 +123,7 @@ def test_gradient_of_statistics_is_that_of_the_cpu(inplace, k, cuda):
     coefficients, g = seeded(4, 4), seeded(4, k, seed=1)
     expected = ops.gradient(logits, saved, coefficients, ids, g, None, 1, 0.0, 1.0)
     grad = logits if inplace else torch.empty_like(logits)
-    cuda.gradient(logits, saved, coefficients, ids, k, g, None, 1, 0.0, 1.0, grad)
+    cuda.gradient(logits, saved[..., :3].contiguous(), coefficients, ids, k, g, None, 1, 0.0, 1.0, grad)
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ import torch
 import fastloss
 import fastloss.torch
 import reference
-from fastloss.torch import linear_ops, ops
+from fastloss.torch import autograd, linear_ops, ops
 from helpers import bfloat16
 from reference import Options
 
@@ -77,6 +77,12 @@ def torch_over_emulation(emulated, monkeypatch):
     monkeypatch.setattr(linear_ops, "_on_gpu", lambda tensor: True)
     for name in ("cross_entropy", "cross_entropy_backward", "soft_target_gradient"):
         monkeypatch.setattr(ops, name, getattr(cuda, name))
+
+    def gradient(by, tensors, options):
+        function = cuda.cross_entropy_backward if by == autograd.LOGITS else cuda.soft_target_gradient
+        return function(*tensors, options)
+
+    monkeypatch.setattr(autograd, "_gradient_op", gradient)
     yield cuda, linear
     for name in names:
         del sys.modules[f"fastloss.torch.{name}"]

@@ -53,43 +53,70 @@ inline void sums_without_max(const typename O::T* z, int n, const typename O::T*
   for (int r = 0; r < O::kRows; ++r) {
     room[static_cast<int>(first[r]) * O::kRows + r] = -static_cast<typename O::T>(__builtin_huge_val());
   }
-  exp_sums<O, false, false>(room, n, max, nullptr, 0, out);
+  exp_sums<O, false, false, false>(room, n, max, nullptr, 0, nullptr, out);
+}
+
+// A block of one row that is widened, or copied because its place is taken, gets its maximum on the way. False: not such a row.
+template <class O>
+inline bool stage_with_max(const Pass& pass, const Tile& logits, int rows, int64_t block, bool copy, Scratch& scratch,
+                           typename O::T* max) {
+  using A = typename O::T;
+  if (O::kRows > 1 || rows > 1 || logits.class_step != 1 || !is_identity(pass.transform)) return false;
+  return with_storage(logits.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if constexpr (O::kRows == 1 && kNative<typename O::V, T>) {
+      if (sizeof(T) == sizeof(A) && !copy) return false;
+      widen_with_max<O>(element<const T>(logits, 0, block * kBlock), block_length(pass.classes, block),
+                        static_cast<A*>(scratch.logits), max);
+      return true;
+    }
+    return false;
+  });
 }
 
 template <class O>
 void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end,
-                 const Partials& partials, const TargetIds& ids, double* target_z, int64_t* ranks, Scratch& scratch) {
+                 const TargetIds& ids, const Scanned& out, Scratch& scratch) {
   using A = typename O::T;
   const int64_t blocks = block_count(pass);
-  const auto sums_of = pass.want & kWantSumSq     ? &exp_sums<O, true, true>
-                       : pass.want & kWantEntropy ? &exp_sums<O, true, false>
-                                                  : &exp_sums<O, false, false>;
+  const auto sums_of = pass.want & kWantSumSq     ? &exp_sums<O, true, true, false>
+                       : pass.want & kWantEntropy ? &exp_sums<O, true, false, false>
+                       : out.powers               ? &exp_sums<O, false, false, true>
+                                                  : &exp_sums<O, false, false, false>;
   const int ahead_bytes = bytes_ahead(logits, rows);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock;
     const int n = block_length(pass.classes, block);
-    const Staged<A> staged = stage_logits<O>(pass, logits, rows, block, scratch);
+    A max_of_row;
+    const bool max_known = stage_with_max<O>(pass, logits, rows, block, out.powers == logits.data, scratch, &max_of_row);
+    const Staged<A> staged =
+        max_known ? Staged<A>{static_cast<A*>(scratch.logits), 0} : stage_logits<O>(pass, logits, rows, block, scratch);
     const A* weight = (pass.want & kWantWeighted) || soft.data ? stage_weight<A>(pass, block, scratch) : nullptr;
     A* q = soft.data ? static_cast<A*>(scratch.soft) : nullptr;
     if (q) load_tile<O>(soft, first, n, rows, A(0), q, staged.panel_size);
     for (int p = 0; p < panel_count<O>(rows); ++p) {
       const A* z = staged.z + p * staged.panel_size;
       A max[O::kRows], ref[O::kRows];
-      row_max<O>(z, n, max);
+      if (max_known) {
+        max[0] = max_of_row;
+      } else {
+        row_max<O>(z, n, max);
+      }
       for (int r = 0; r < O::kRows; ++r) ref[r] = finite_reference(max[r]);
       PanelSums<O> sums, without = {};
-      sums_of(z, n, ref, next_block(logits, block, ahead_bytes), ahead_bytes, sums);
+      A* powers = out.powers ? powers_of<O>(pass, out, rows, block) + p * staged.panel_size : nullptr;
+      sums_of(z, n, ref, next_block(logits, block, ahead_bytes), ahead_bytes, powers, sums);
       bool confident = false;
       for (int r = 0; r < O::kRows; ++r) confident |= is_confident(sums.sum[r]);
       if (confident) sums_without_max<O>(z, n, ref, static_cast<A*>(scratch.derivative), without);
 
       const auto write = [&](PartialField field, const A* numbers) {
-        double* out = partial_row(partials, block, field) + p * O::kRows;
-        for (int r = 0; r < O::kRows; ++r) out[r] = numbers[r];
+        double* row = out.partials.row(block, field) + p * O::kRows;
+        for (int r = 0; r < O::kRows; ++r) row[r] = numbers[r];
       };
       write(kMax, max);
       write(kSum, sums.sum);
-      double* rest = partial_row(partials, block, kRest) + p * O::kRows;
+      double* rest = out.partials.row(block, kRest) + p * O::kRows;
       for (int r = 0; r < O::kRows; ++r) rest[r] = sums.sum[r] - 1.0;
       for (int r = 0; r < O::kRows && confident; ++r) {
         if (is_confident(sums.sum[r])) rest[r] = without.sum[r];
@@ -111,9 +138,9 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
     for (int r = 0; r < rows; ++r) {
       for (int i = r * ids.k; i < (r + 1) * ids.k; ++i) {
         const int64_t at = ids.id[i] - first;
-        if (at >= 0 && at < n) target_z[i] = staged.z[place<O>(r, at, staged.panel_size)];
+        if (at >= 0 && at < n) out.target_z[i] = staged.z[place<O>(r, at, staged.panel_size)];
       }
-      if (!ranks) continue;
+      if (!out.ranks) continue;
       const A* row = staged.z + r * staged.panel_size;
       if (O::kRows > 1) {
         A* room = static_cast<A*>(scratch.derivative);
@@ -122,18 +149,18 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
       }
       for (int i = 0; i < ids.k; ++i) {
         const int id = r * ids.k + i;
-        ranks[(r * blocks + block) * ids.k + i] =
-            count_before<typename O::V>(row, first, n, ids.id[id], static_cast<A>(target_z[id]));
+        out.ranks[(r * blocks + block) * ids.k + i] =
+            count_before<typename O::V>(row, first, n, ids.id[id], static_cast<A>(out.target_z[id]));
       }
     }
   }
 }
 
 template <class V>
-void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end,
-          const Partials& partials, const TargetIds& ids, double* target_z, int64_t* ranks, Scratch& scratch) {
+void scan(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end, const TargetIds& ids,
+          const Scanned& out, Scratch& scratch) {
   with_panels<V>(logits, rows, [&](auto tag) {
-    scan_panels<typename decltype(tag)::Type>(pass, logits, soft, rows, begin, end, partials, ids, target_z, ranks, scratch);
+    scan_panels<typename decltype(tag)::Type>(pass, logits, soft, rows, begin, end, ids, out, scratch);
   });
 }
 
@@ -158,11 +185,11 @@ void finish(const Pass& pass, const Tile& logits, int rows, const Partials& part
 
 template <class V>
 void gradient(const Pass& pass, const Tile& logits, const Tile& soft, int rows, int64_t begin, int64_t end,
-              const GradientRow* coefficients, const TargetIds& ids, const double* g, double* corrected, const Tile& grad,
-              Scratch& scratch) {
+              const GradientRow* coefficients, const TargetIds& ids, const double* g, double* corrected, const Scanned& scanned,
+              const Tile& grad, Scratch& scratch) {
   with_panels<V>(logits, rows, [&](auto tag) {
-    gradient_panels<typename decltype(tag)::Type>(pass, logits, soft, rows, begin, end, coefficients, ids, g, corrected, grad,
-                                                  scratch);
+    gradient_panels<typename decltype(tag)::Type>(pass, logits, soft, rows, begin, end, coefficients, ids, g, corrected,
+                                                  scanned, grad, scratch);
   });
 }
 
@@ -176,7 +203,8 @@ void soft_gradient(const Pass& pass, const Tile& logits, int rows, int64_t begin
 
 template <class V>
 int sample(const Pass& pass, const Tile& logits, const Tile& soft, int64_t block, const GradientRow& coefficients,
-           const TargetIds& ids, const double* g, const Sampling& sampling, void* kept, Scratch& scratch) {
+           const TargetIds& ids, const double* g, const Scanned& scanned, const Sampling& sampling, void* kept,
+           Scratch& scratch) {
   using A = typename V::T;
   const int64_t first = block * kBlock;
   const int n = block_length(pass.classes, block);
@@ -185,7 +213,7 @@ int sample(const Pass& pass, const Tile& logits, const Tile& soft, int64_t block
   grad.data = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(row) - static_cast<uintptr_t>(first) * sizeof(A));
   grad.dtype = sizeof(A) == 8 ? kF64 : kF32;
   double corrected;
-  gradient<V>(pass, logits, soft, 1, block, block + 1, &coefficients, ids, g, &corrected, grad, scratch);
+  gradient<V>(pass, logits, soft, 1, block, block + 1, &coefficients, ids, g, &corrected, scanned, grad, scratch);
   for (int j = n; j < Along<V>::padded(n); ++j) row[j] = A(0);
   return keep_at_random<V>(row, first, n, ids.k ? *ids.id : -1, sampling.threshold, sampling.key, static_cast<Kept<A>*>(kept));
 }

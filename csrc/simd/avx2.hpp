@@ -71,14 +71,15 @@ struct Avx2F32 {
 
  private:
   static __m128i to_bf16s(Reg x) {
-    // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256 chosen =
         _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(chosen), 16);
+    const __m256 normal = _mm256_cmp_ps(abs(x), set(0x1p-126f), _CMP_NLT_UQ);
+    const __m256 flushed = _mm256_and_ps(chosen, _mm256_or_ps(normal, set(-0.0f)));
+    const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(flushed), 16);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08));
   }
   static __m128i to_f16s(Reg x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }

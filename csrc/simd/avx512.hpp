@@ -71,12 +71,13 @@ struct Avx512F32 {
 
  private:
   static __m256i to_bf16s(Reg x) {
-    // Integer rounding, as everywhere: VCVTNEPS2BF16 would flush subnormals.
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     const __m512i chosen = _mm512_mask_add_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), bits, half);  // NaN stays NaN
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+    const __mmask16 subnormal = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x7f800000));
+    const __m512i flushed = _mm512_mask_and_epi32(chosen, subnormal, bits, _mm512_set1_epi32(INT32_MIN));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(flushed, 16));
   }
   static __m256i to_f16s(Reg x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 };

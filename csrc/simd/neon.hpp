@@ -32,7 +32,9 @@ struct NeonF32 {
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
     const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
-    vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), rounded, quiet), 16));
+    const uint32x4_t chosen = vbslq_u32(vceqq_f32(x, x), rounded, quiet);
+    const uint32x4_t normal = vtstq_u32(bits, vdupq_n_u32(0x7f800000));
+    vst1_u16(&p->bits, vshrn_n_u32(vandq_u32(chosen, vorrq_u32(normal, vdupq_n_u32(0x80000000))), 16));
   }
   static void store(F16* p, Reg x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
   static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }

@@ -34,9 +34,10 @@ FASTLOSS_HD inline float float_of(uint32_t bits) {
 
 FASTLOSS_HD inline float widen(BF16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
-// To nearest even, subnormals kept, NaN quiet.
+// To nearest even, NaN quiet, and a subnormal number to zero: what the instructions of CPUs do.
 FASTLOSS_HD inline BF16 to_bf16(float x) {
   const uint32_t bits = float_bits(x);
+  if ((bits & 0x7f800000) == 0) return {static_cast<uint16_t>(bits >> 16 & 0x8000)};
   if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }

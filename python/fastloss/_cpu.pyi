@@ -13,6 +13,7 @@ F32: int
 F64: int
 F16: int
 BF16: int
+BLOCK: int  # classes of a block
 
 def cross_entropy(
     logits: Tensor,

@@ -26,7 +26,7 @@ LOGITS, TARGET = 0, 1
 
 
 class CrossEntropy(Function):
-    """The loss; keeps three numbers a row."""
+    """The loss; keeps a few numbers a row."""
 
     @staticmethod
     def forward(
@@ -110,7 +110,7 @@ class CrossEntropyUnderTransforms(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the inputs and three numbers a row."""
+        """Keeps the inputs and a few numbers a row."""
         _, saved, scale = output
         ctx.mark_non_differentiable(saved, scale)
         ctx.save_for_backward(*inputs[:4], saved, scale)

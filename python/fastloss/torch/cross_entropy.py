@@ -43,7 +43,7 @@ def cross_entropy(
     - class id y: ``w_y * ((1 - eps) * (L - z_y) + z_loss * L**2) + eps / V * sum_j w_j * (L - z_j)``,
     - probabilities q: ``sum_j w_j * ((1 - eps) * q_j + eps / V) * (L - z_j) + z_loss * L**2``.
 
-    Forward reads the logits once and keeps three numbers a row; backward reads them once more and writes the gradient. Under
+    Forward reads the logits once and keeps a few numbers a row; backward reads them once more and writes the gradient. Under
     `torch.compile` and `torch.func`, `inplace` has no effect.
 
     Args:

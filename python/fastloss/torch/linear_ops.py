@@ -102,7 +102,7 @@ def _forward(
     divisor = denominator if denominator is not None else task.denominator(projection.tokens) if reduction == MEAN else 1.0
     numbers = np.arange(all_tokens) if kept is None else kept.numpy()
     losses: list[Tensor] = [torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype))]
-    saved: list[Tensor] = [torch.empty((0, 3), dtype=torch.float64)]
+    saved: list[Tensor] = [torch.empty((0, ops.saved_width(head.weight, head.weight.shape[0])), dtype=torch.float64)]
 
     def kernel(tokens: slice, logits: Tensor) -> None:
         sample = None if sampled is None else sampled.start(numbers[tokens])
@@ -374,7 +374,7 @@ def _fake_loss(hidden: Tensor, reduction: int) -> Tensor:
 
 def _cross_entropy_fake(*args: Any) -> tuple[Tensor, ...]:
     hidden = args[0]
-    saved = hidden.new_empty((hidden.shape[0], 3), dtype=torch.float64)
+    saved = hidden.new_empty((hidden.shape[0], ops.saved_width(hidden, args[1].shape[0])), dtype=torch.float64)
     scale = hidden.new_empty((), dtype=torch.float64)
     return _fake_loss(hidden, args[12]), saved, scale, *_fake_gradients(*args[:3], *args[14:])
 

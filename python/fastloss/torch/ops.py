@@ -149,7 +149,7 @@ def cross_entropy(
     # The quickest ways to a scalar and to a small tensor: a small loss takes less time than torch.empty does.
     scalar = _SCALAR[logits.dtype]
     loss = torch.empty_like(scalar) if reduction != NONE else torch.empty(rows, dtype=scalar.dtype, device=CPU)
-    saved = torch.from_numpy(np.empty((*rows, 3))) if keep else None
+    saved = torch.from_numpy(np.empty((*rows, saved_width(logits, logits.shape[dim])))) if keep else None
     ids, soft = targets_of(target, dim)
     used = _cpu.cross_entropy(
         describe(logits, dim),
@@ -300,6 +300,11 @@ def gradient(
     return grad
 
 
+def saved_width(like: Tensor, classes: int) -> int:
+    """How many numbers a forward keeps of each row: max, rest, mass; on the CPU the maxima of its blocks too."""
+    return 3 if like.is_cuda else 3 + (classes + _cpu.BLOCK - 1) // _cpu.BLOCK
+
+
 def stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: list[bool]) -> list[Tensor]:
     """Room for the statistics: on logits of any kind, so that tracing sees the same shapes."""
     rows = row_shape(logits.shape, dim)
@@ -309,7 +314,7 @@ def stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: list[bo
         shape = tuple(target.shape) if per_target and target is not None else rows
         dtype = torch.int64 if i >= 6 else accumulation_dtype(logits.dtype)
         outputs.append(logits.new_empty(shape if wanted else (0,), dtype=dtype))
-    outputs.append(logits.new_empty((*rows, 3), dtype=torch.float64))
+    outputs.append(logits.new_empty((*rows, saved_width(logits, logits.shape[dim])), dtype=torch.float64))
     return outputs
 
 
@@ -353,7 +358,8 @@ def _cross_entropy_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = row_shape(logits.shape, dim)
     loss = logits.new_empty(rows if rest[-2] == NONE else (), dtype=accumulation_dtype(logits.dtype))
-    return loss, logits.new_empty((*rows, 3), dtype=torch.float64), logits.new_empty((), dtype=torch.float64)
+    saved = logits.new_empty((*rows, saved_width(logits, logits.shape[dim])), dtype=torch.float64)
+    return loss, saved, logits.new_empty((), dtype=torch.float64)
 
 
 def _row_gradient_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
