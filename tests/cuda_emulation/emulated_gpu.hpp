@@ -179,7 +179,11 @@ inline auto number(T x) {
   return widen(x);
 }
 inline void put(float x, F16& out) { out = to_f16(x); }
-inline void put(float x, BF16& out) { out = to_bf16(x); }
+// Unlike the instructions of CPUs, those of GPUs keep subnormal numbers.
+inline void put(float x, BF16& out) {
+  const uint32_t bits = float_bits(x);
+  out = x != x ? to_bf16(x) : BF16{static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
 inline void put(float x, float& out) { out = x; }
 inline void put(double x, double& out) { out = x; }
 
