@@ -50,6 +50,7 @@ def sampled_entries(logits, target, options, threshold, seed, numbers=None):
         loss.ctypes.data,
         0,
         None,
+        1.0,
         sampler.start(numbers),
     )
     entries = sampler.entries(int(numbers.max()) + 1)

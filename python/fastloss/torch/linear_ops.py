@@ -141,7 +141,7 @@ def cross_entropy_backward(
             saved[tokens],
             scale,
             task.options,
-            inplace=True,
+            grad=logits,
         )
 
     for_each_chunk(projection, kernel, carry_back=True)
