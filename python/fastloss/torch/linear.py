@@ -91,6 +91,7 @@ def linear_cross_entropy(
         backward: ``"exact"`` or ``"sampled"``.
         threshold: t in (0, 1], for the sampled backward.
         seed: an int or a `torch.Generator`, for the sampled backward; by default a number drawn from PyTorch's generator.
+            Under `torch.vmap` a given one serves every sample; drawn ones follow its `randomness`.
         chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits.
 
     Returns:

@@ -116,6 +116,8 @@ class LinearCrossEntropyUnderTransforms(Function):
 class LinearCrossEntropySampled(Function):
     """After the inputs: reduction, denominator, threshold, seed."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         """The exact loss, and a sample of its gradient by the logits."""

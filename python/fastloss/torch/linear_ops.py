@@ -305,8 +305,10 @@ def _sampled_op(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _sampled_backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
-    entries, scale, wanted = SparseGradient(*(part.numpy() for part in args[4:7])), args[7], Wanted(*args[8:])
-    return sampled_backward(upstream, Head(*args[:4]), entries, scale.item(), wanted)
+    start, columns, values, scale, *wanted = args[4:]
+    count = int(start[-1])  # after them vmap may have put zeros
+    entries = SparseGradient(start.numpy(), columns[:count].numpy(), values[:count].numpy())
+    return sampled_backward(upstream, Head(*args[:4]), entries, scale.item(), Wanted(*wanted))
 
 
 def _statistics_op(*args: Any) -> list[Tensor]:
