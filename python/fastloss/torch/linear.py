@@ -17,6 +17,8 @@ from fastloss.torch import ops
 from fastloss.torch.arguments import per_class
 from fastloss.torch.linear_arguments import (
     check_factors,
+    check_sparse,
+    check_sparse_factors,
     check_statistics_ids,
     check_target,
     chunk_size_of,
@@ -28,6 +30,7 @@ from fastloss.torch.linear_arguments import (
 from fastloss.torch.linear_autograd import (
     LinearCrossEntropy,
     LinearCrossEntropySampled,
+    LinearCrossEntropySparse,
     LinearCrossEntropyUnderTransforms,
     LinearStatistics,
 )
@@ -54,6 +57,7 @@ def linear_cross_entropy(
     backward: str = "exact",
     threshold: float = 1 / 64,
     seed: int | torch.Generator | None = None,
+    sparse: bool = False,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     r"""`cross_entropy(linear(input, linear_weight, linear_bias), target)` with the logits of a few tokens at a time.
@@ -92,6 +96,10 @@ def linear_cross_entropy(
         threshold: t in (0, 1], for the sampled backward.
         seed: an int or a `torch.Generator`, for the sampled backward; by default a number drawn from PyTorch's generator.
             Under `torch.vmap` a given one serves every sample; drawn ones follow its `randomness`.
+        sparse: for the sampled backward: the gradients by `linear_weight` ``(C, H)`` and `linear_bias` are sparse tensors with
+            a row for each class that has an entry, sorted by class, as `torch.nn.Embedding` with ``sparse=True`` has them and
+            `torch.optim.SparseAdam` and `torch.optim.SGD` take them. Each row has the bits of the dense gradient, which is not
+            made. Not under `torch.compile` or `torch.func`, nor for second derivatives.
         chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits.
 
     Returns:
@@ -101,7 +109,7 @@ def linear_cross_entropy(
         TypeError: a dtype that is not supported.
         ValueError: shapes or options that do not fit.
         IndexError: a class id out of range.
-        NotImplementedError: tensors that are not on the CPU.
+        NotImplementedError: tensors that are not on the CPU; `sparse` under a transform, or in a second derivative.
 
     Example:
         >>> import torch
@@ -116,6 +124,9 @@ def linear_cross_entropy(
         The sampling rule: Wangni et al., "Gradient Sparsification for Communication-Efficient Distributed Optimization" (2018).
     """
     check_factors(input, linear_weight, linear_bias)
+    if sparse:
+        check_sparse(_options.backward_code(backward), linear_weight.shape[1:-1])
+        check_sparse_factors(input, linear_weight)
     if linear_weight.ndim > 2:
         return _with_further_dimensions(**locals())
     rows = input.shape[:-1]
@@ -138,7 +149,7 @@ def linear_cross_entropy(
     ids = ids.reshape(-1) if ids.dtype not in CODES else ids.reshape(-1, ids.shape[-1])
     choices = (checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
     arguments = (hidden, head, bias, chunk, ids, class_weight, logit_bias, *choices, code, checked.denominator)
-    loss = _run(arguments, _options.backward_code(backward), _options.threshold(threshold), seed)
+    loss = _run(arguments, _options.backward_code(backward), _options.threshold(threshold), seed, sparse)
     if divisor is not None:
         loss = loss / divisor.to(loss.dtype)
     return loss.reshape(rows) if code == _options.NONE else loss
@@ -152,7 +163,9 @@ def _with_further_dimensions(
     return stacked.reshape(len(input), *linear_weight.shape[1:-1]) if options["reduction"] == "none" else stacked.sum()
 
 
-def _run(arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int | torch.Generator | None) -> Tensor:
+def _run(
+    arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int | torch.Generator | None, sparse: bool
+) -> Tensor:
     hidden, head, bias, _, target, class_weight, logit_bias = arguments[:7]
     tensors = (hidden, head, bias, target)
     compiling = torch.compiler.is_compiling()
@@ -165,7 +178,10 @@ def _run(arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int 
         elif sampled:
             if target.requires_grad:
                 raise ValueError("target gets no gradient from backward='sampled': pass target.detach()")
-            loss = LinearCrossEntropySampled.apply(*arguments, threshold, seed_tensor(seed))[0]
+            if sparse:
+                loss = LinearCrossEntropySparse.apply(*arguments, threshold, seed_tensor(seed))
+            else:
+                loss = LinearCrossEntropySampled.apply(*arguments, threshold, seed_tensor(seed))[0]
         elif eager:
             loss = LinearCrossEntropy.apply(*arguments)
         else:
@@ -275,12 +291,15 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         logit_bias: Tensor | None = None,
         backward: str = "exact",
         threshold: float = 1 / 64,
+        sparse: bool = False,
         chunk_tokens: int | None = None,
     ) -> None:
         """Takes the size of the head, and the options of `linear_cross_entropy`."""
         super().__init__()
         _options.loss_options(ignore_index or 0, reduction, label_smoothing, z_loss, softcap, temperature, None)
-        _options.backward_code(backward)
+        sampled = _options.backward_code(backward)
+        if sparse:
+            check_sparse(sampled, out_features)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.linear = torch.nn.Linear(
             in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype
@@ -297,6 +316,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             "temperature": temperature,
             "backward": backward,
             "threshold": _options.threshold(threshold),
+            "sparse": sparse,
             "chunk_tokens": chunk_tokens,
         }
 
@@ -308,13 +328,16 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         seed: int | torch.Generator | None = None,
     ) -> Tensor:
         """The loss of these hidden states, see `linear_cross_entropy`."""
-        shape = (self.num_classes, *self.out_features)
+        head: Tensor = self.linear.weight
         bias: Tensor | None = self.linear.bias  # None without a bias, which its type does not say
+        if self.out_features:
+            head = head.reshape(self.num_classes, *self.out_features, -1)
+            bias = bias if bias is None else bias.reshape(head.shape[:-1])
         return linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*shape, self.linear.in_features),
+            head,
             target,
-            linear_bias=bias if bias is None else bias.reshape(shape),
+            linear_bias=bias,
             weight=self.weight,
             logit_bias=self.logit_bias,
             denominator=denominator,
@@ -324,5 +347,6 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Shows the options that are not at their defaults."""
-        shown = {name: value for name, value in self._options.items() if value is not None and name != "options"}
+        hidden = ("options",) if self._options["sparse"] else ("options", "sparse")
+        shown = {name: value for name, value in self._options.items() if value is not None and name not in hidden}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

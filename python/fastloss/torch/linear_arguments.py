@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastloss import _options
 from fastloss._chunks import check_chunk_tokens
+from fastloss.torch import ops
 from fastloss.torch.arguments import as_class_ids, check_device, check_logits
 from fastloss.torch.ops import CODES
 
@@ -47,6 +49,23 @@ def check_factors(
         if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled("cpu"):
             kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (tensor, hidden))
             raise TypeError(f"{name} must have the dtype of {names[0]}, {wanted}, got {kind}")
+
+
+def check_sparse(sampled: bool, places: Sequence[int]) -> None:
+    """Whether the gradient of a head can be row-sparse."""
+    if not sampled:
+        raise ValueError("sparse=True is for backward='sampled': an exact gradient has an entry in every row")
+    if places:
+        raise ValueError(f"sparse=True takes a weight of shape (C, H), got one with further dimensions {tuple(places)}")
+
+
+def check_sparse_factors(hidden: Tensor, weight: Tensor) -> None:
+    """Whether nothing stands between the sparse gradient and the weight that it is for."""
+    if not (weight.is_cpu and ops.eager(hidden, weight)):
+        raise NotImplementedError("sparse=True is for plain CPU tensors, not torch.compile or torch.func: pass sparse=False")
+    if torch.is_autocast_enabled("cpu") and weight.dtype != torch.get_autocast_dtype("cpu"):
+        kind, wanted = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, torch.get_autocast_dtype("cpu")))
+        raise TypeError(f"linear_weight must have the dtype of autocast, {wanted}, for sparse=True, got {kind}")
 
 
 def check_target(input: Tensor, target: Tensor, logits_shape: tuple[int, ...], ignore_index: int | None) -> Tensor:
