@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastloss import _cpu
+from fastloss._arrays import Array
 from fastloss._chunks import for_each_chunk
 from fastloss._options import MEAN, NONE
 from fastloss._sampled import Sampler, SparseGradient
@@ -176,8 +177,7 @@ def cross_entropy_sampled(
 
 def sampled_backward(upstream: Tensor, head: Head, entries: SparseGradient, scale: float, wanted: Wanted) -> list[Tensor]:
     """The gradients as sums over the kept entries, in a fixed order."""
-    factors = (upstream.to(torch.float64) * scale).expand(entries.rows)
-    entries = entries.scaled(factors.numpy())
+    entries = _scaled(entries, upstream, scale)
     hidden, weight = head.hidden.contiguous(), head.weight.contiguous()
     classes = weight.shape[0]
     by_hidden, by_weight, by_bias = (weight.new_empty(0) for _ in wanted)
@@ -190,6 +190,30 @@ def sampled_backward(upstream: Tensor, head: Head, entries: SparseGradient, scal
     if wanted.bias:
         by_bias = torch.from_numpy(entries.column_sums(classes)).to(weight.dtype)
     return [by_hidden, by_weight, by_bias]
+
+
+def sparse_backward(upstream: Tensor, head: Head, entries: SparseGradient, scale: float, wanted: Wanted) -> list[Tensor]:
+    """The same bits, those by weight and bias as coalesced sparse tensors of the classes that have an entry."""
+    gradients = sampled_backward(upstream, head, entries, scale, Wanted(wanted.hidden, False, False))
+    entries, hidden, weight = _scaled(entries, upstream, scale), head.hidden.contiguous(), head.weight
+    by_class, ids = entries.transposed(weight.shape[0]).without_empty_rows()
+    # Each tensor is the only owner of its ids and values: then autograd takes it over as it is.
+    if wanted.weight:
+        rows = ops.fresh_matrix((by_class.rows, weight.shape[1]), weight.dtype)
+        by_class.multiply(ops.describe(hidden, 1), ops.describe(rows, 1))
+        gradients[1] = _of_classes(ids, rows, weight)
+    if wanted.bias:
+        sums = torch.from_numpy(entries.column_sums(weight.shape[0])[ids])
+        gradients[2] = _of_classes(ids, sums.to(weight.dtype), weight[:, 0])
+    return gradients
+
+
+def _of_classes(ids: Array, values: Tensor, factor: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(torch.tensor(ids[None]), values, factor.shape, check_invariants=False, is_coalesced=True)
+
+
+def _scaled(entries: SparseGradient, upstream: Tensor, scale: float) -> SparseGradient:
+    return entries.scaled((upstream.to(torch.float64) * scale).expand(entries.rows).numpy())
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -305,8 +329,10 @@ def _sampled_op(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _sampled_backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
-    entries, scale, wanted = SparseGradient(*(part.numpy() for part in args[4:7])), args[7], Wanted(*args[8:])
-    return sampled_backward(upstream, Head(*args[:4]), entries, scale.item(), wanted)
+    start, columns, values, scale, *wanted = args[4:]
+    count = int(start[-1])  # after them vmap may have put zeros
+    entries = SparseGradient(start.numpy(), columns[:count].numpy(), values[:count].numpy())
+    return sampled_backward(upstream, Head(*args[:4]), entries, scale.item(), Wanted(*wanted))
 
 
 def _statistics_op(*args: Any) -> list[Tensor]:
