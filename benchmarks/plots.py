@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from .fit import exponent
+from .fit import OUT_OF_CACHE, fit_line, points
 from .linear.plots import PLOTS as LINEAR_PLOTS
 from .plot_style import COLOURS, STYLE, Row, add_caption, bars, milliseconds
 
@@ -106,9 +106,9 @@ def _growth(rows: list[Row]) -> Figure:
     figure, grid = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for axes, (axis, index) in zip(grid, (("V", 1), ("N", 0)), strict=True):
         for peer in dict.fromkeys(row["peer"] for row in rows):
-            points = [(row["shape"][index], row["ms"]) for row in rows if row["peer"] == peer and row["axis"] == axis]
-            if points:
-                axes.loglog(*zip(*points, strict=True), "o-", color=COLOURS[peer], label=peer, markersize=5)
+            found = points(rows, peer, axis)
+            if found:
+                axes.loglog(*zip(*found, strict=True), "o-", color=COLOURS[peer], label=peer, markersize=5)
         shown = [row for row in rows if row["axis"] == axis]
         sizes = [row["shape"][index] for row in shown]
         largest = max((row for row in shown if row["peer"].startswith("fastloss")), key=lambda r: r["ms"], default=None)
@@ -122,9 +122,9 @@ def _growth(rows: list[Row]) -> Figure:
         axes.grid(which="major")
     grid[0].set_ylabel("milliseconds, loss and gradient")
     grid[0].legend()
-    slopes = [(axis, exponent(rows, "fastloss", axis)) for axis in "NV"]
-    claim = " and ".join(f"{axis}^{slope:.2f}" for axis, slope in slopes if slope is not None)
-    figure.suptitle(f"Beyond the cache, the time of fastloss grows as {claim} (float32)", x=0.01, ha="left")
+    lines = [(axis, fit_line(points(rows, "fastloss", axis, OUT_OF_CACHE))) for axis in "NV"]
+    claim = " and ".join(f"{line.distance:.0%} in {axis}" for axis, line in lines if line is not None)
+    figure.suptitle(f"Time of fastloss beyond the cache: farthest from a line, {claim} (float32)", x=0.01, ha="left")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     return figure
 

@@ -65,6 +65,31 @@ def interleave_repeated(jobs: Mapping[str, Job], rounds: int, sample_seconds: fl
     return {name: Timing.of(seconds[name]) for name in jobs}
 
 
+class Repeated(Job):
+    """A job as often as fills `sample_seconds`, so that short and long ones may be timed in the same rounds.
+
+    It runs once before the timer starts: its memory is then what it left itself, and not another job of another size.
+    """
+
+    def __init__(self, job: Job, sample_seconds: float = 3e-3) -> None:
+        self.job, self.calls = job, _calls_to_fill(job, sample_seconds)
+
+    def prepare(self) -> None:
+        self.job.prepare()
+        self.job.run()
+        self.job.release()
+        self.job.prepare()
+
+    def run(self) -> None:
+        for _ in range(self.calls - 1):
+            self.job.run()
+            self.job.release()
+        self.job.run()
+
+    def release(self) -> None:
+        self.job.release()
+
+
 def _run_rounds(
     names: list[str], rounds: int, slow: frozenset[str], once: Callable[[str], float], seconds: dict[str, list[float]]
 ) -> None:

@@ -21,12 +21,12 @@ namespace {
 double bind_cross_entropy(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
                           const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, int reduction,
                           std::optional<double> denominator, uintptr_t loss, uintptr_t saved, const Tensor& grad,
-                          SampledGradient* sampled) {
+                          double upstream, SampledGradient* sampled) {
   const py::gil_scoped_release release;
   const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
                               z,      ignore_index, label_smoothing, z_loss};
   return cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
-                       pointer<double>(saved), grad, sampled);
+                       pointer<double>(saved), grad, upstream, sampled);
 }
 
 void bind_cross_entropy_backward(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,

@@ -128,12 +128,12 @@ double ordered_sum(const double* values, int64_t count) {
 }  // namespace
 
 double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const double* denominator, void* loss, double* saved,
-                     const Tensor& grad, SampledGradient* sampled) {
+                     const Tensor& grad, double upstream, SampledGradient* sampled) {
   const Call call(c);
   const int64_t rows = row_count(c.logits);
   if (c.target) check_targets(c.target, rows, c.logits.shape[c.logits.axis], &c.ignore_index);
   const double divisor = denominator ? *denominator : reduction == Reduction::kMean ? call.counted(rows) : 1.0;
-  const double upstream = 1.0 / divisor;
+  const double factor = (divisor != 0.0 ? 1.0 / divisor : 0.0) * upstream;  // nothing counted: no row has a gradient
   const Dtype dtype = accumulation(c.logits.dtype);
 
   // Not cleared: their pages are touched first by the threads that fill them.
@@ -167,7 +167,7 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
   }
   if (grad || sampled) {
     sweep.coefficients = [&](const Rows& rows, GradientRow* out, double* g) {
-      for (int r = 0; r < rows.count; ++r) call.row_gradient(rows, r, rows_saved, upstream, out, g);
+      for (int r = 0; r < rows.count; ++r) call.row_gradient(rows, r, rows_saved, factor, out, g);
     };
   }
   sweep.run();

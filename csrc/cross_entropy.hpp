@@ -28,11 +28,11 @@ struct Upstream {
 
 // Writes the losses (one number a row, or the reduced one) in the accumulation type, `saved` (max, rest and mass of each row,
 // then the maxima of its blocks: saved_width(V) numbers; may be null) and the gradient in one trip over the logits: dense in
-// `grad` (may be empty), or entries of it in `sampled` (may be null). The gradient is that of the sum of the rows over the
-// denominator: the given one, or for the mean what has been counted, or 1; this is returned. Losses of single rows are not
-// divided.
+// `grad` (may be empty), or entries of it in `sampled` (may be null). The gradient is that of `upstream` times the sum of the
+// rows over the denominator: the given one, or for the mean what has been counted, or 1; this is returned. Losses of single
+// rows are not divided.
 double cross_entropy(const CrossEntropyCall& call, Reduction reduction, const double* denominator, void* loss, double* saved,
-                     const Tensor& grad, SampledGradient* sampled);
+                     const Tensor& grad, double upstream, SampledGradient* sampled);
 
 void cross_entropy_backward(const CrossEntropyCall& call, double scale, const double* saved, const Upstream& upstream,
                             const Tensor& grad);

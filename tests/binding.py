@@ -60,6 +60,7 @@ class Call:
             self.loss.ctypes.data,
             self.saved.ctypes.data,
             None if gradient is None else tensor(gradient, self.axis),
+            1.0,
             None,
         )
         return self.loss

@@ -67,6 +67,14 @@ def test_gpu_sample_without_a_threshold_is_the_exact_gradient(dtype):
         assert relative_error(one, other.double()) < (1e-2 if dtype in SIXTEEN_BIT else 1e-5)
 
 
+def test_gpu_sparse_gradients_have_the_bits_of_the_dense_ones():
+    made = factors()
+    dense = gradients(*made, backward="sampled", seed=3)
+    sparse = gradients(*made, backward="sampled", seed=3, sparse=True)
+    assert torch.equal(sparse[1], dense[1])
+    assert torch.equal(sparse[2].to_dense(), dense[2])
+
+
 def test_gpu_samples_are_without_bias():
     hidden, weight, target = factors(tokens=256, classes=2001, dtype=torch.float32)
     exact, total, count = gradients(hidden, weight, target)[2], 0, 200

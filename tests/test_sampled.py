@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sampled backward: the rule entry by entry, its mean and variance, its random numbers, and the same bits everywhere."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,7 @@ def sampled_entries(logits, target, options, threshold, seed, numbers=None):
         loss.ctypes.data,
         0,
         None,
+        1.0,
         sampler.start(numbers),
     )
     entries = sampler.entries(int(numbers.max()) + 1)
@@ -271,6 +274,41 @@ def test_second_derivatives_are_those_of_the_exact_loss(problem):
         (grad,) = torch.autograd.grad(loss, factors[0], create_graph=True)
         seconds.append(torch.autograd.grad(grad, factors[1], torch.ones_like(grad))[0])
     torch.testing.assert_close(*seconds, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_under_vmap_each_sample_has_the_bits_that_it_has_alone(problem, randomness):
+    torch, (hidden, weight, bias), target = problem
+    from fastloss.torch import linear_cross_entropy
+
+    count = 3
+    batch = torch.stack([(1 + i) * hidden.detach() for i in range(count)])  # which differ in the number of entries
+    ids = torch.stack([target.roll(i) for i in range(count)])
+
+    def gradient(hidden, weight, ids, seed=None):
+        def loss(*factors):
+            options = {"linear_bias": bias.detach(), "backward": "sampled", "threshold": 1 / 16, "seed": seed}
+            return linear_cross_entropy(*factors, ids, **options)
+
+        return torch.func.grad(loss, (0, 1))(hidden, weight)
+
+    torch.manual_seed(5)
+    found = torch.vmap(gradient, (0, None, 0), randomness=randomness)(batch, weight.detach(), ids)
+    torch.manual_seed(5)
+    seeds = torch.randint(2**63 - 1, (count,) if randomness == "different" else ()).expand(count).tolist()
+    given = torch.vmap(partial(gradient, seed=seeds[0]), (0, None, 0))(batch, weight.detach(), ids)
+    nested = torch.vmap(torch.vmap(partial(gradient, seed=seeds[0]), (0, None, 0)), (0, None, 0))(
+        batch[:, None], weight.detach(), ids[:, None]
+    )
+    for i, seed in enumerate(seeds):
+        for got, expected in zip(found, gradient(batch[i], weight.detach(), ids[i], seed), strict=True):
+            assert torch.equal(got[i], expected)
+        expected = gradient(batch[i], weight.detach(), ids[i], seeds[0])
+        for one, other, alone in zip(given, nested, expected, strict=True):
+            assert torch.equal(one[i], alone)
+            assert torch.equal(other[i, 0], alone)
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(gradient, (0, None, 0))(batch, weight.detach(), ids)
 
 
 def test_nothing_is_sampled_without_gradients(problem, monkeypatch):

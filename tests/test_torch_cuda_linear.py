@@ -335,6 +335,19 @@ def test_sampled_gradients_have_the_same_bits_from_run_to_run_and_for_any_chunks
         assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
 
 
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_sparse_gradients_have_the_bits_of_the_dense_ones(dtype, linear):
+    made, target = factors(TORCH_DTYPES[dtype], classes=3000), ids(classes=3000)
+    options = {"linear_bias": made[2], "backward": "sampled", "threshold": 1 / 8, "seed": 4}
+    dense = torch.autograd.grad(fl.linear_cross_entropy(*made[:2], target, **options), made)
+    sparse = torch.autograd.grad(fl.linear_cross_entropy(*made[:2], target, sparse=True, **options), made)
+    assert torch.equal(sparse[0], dense[0])
+    for one, other in zip(sparse[1:], dense[1:], strict=True):
+        assert one.is_coalesced()
+        assert len(one.values()) < len(other)
+        assert torch.equal(one.to_dense(), other)
+
+
 def test_seeds_are_drawn_where_they_are_used(linear):
     made, target = factors(bias=False), ids()
 

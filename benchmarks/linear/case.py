@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 
@@ -37,6 +38,9 @@ class Reference:
 class LinearCase:
     """Logits with standard deviation 2; in every second token the target is about as likely as all the rest."""
 
+    scale: ClassVar[float] = 2.0  # the standard deviation
+    every: ClassVar[int] = 2
+    odds: ClassVar[float] = 1.0  # of the target, in every so many tokens; 0: none is made likely
     tokens: int
     classes: int
     features: int
@@ -68,16 +72,18 @@ class LinearCase:
     @cached_property
     def weight(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        scale = 2 / math.sqrt(self.features)
+        scale = self.scale / math.sqrt(self.features)
         return torch.empty(self.classes, self.features, dtype=DTYPES[self.dtype]).normal_(0.0, scale, generator=generator)
 
     @cached_property
     def hidden(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed + 2)
         hidden = torch.empty(self.tokens, self.features).normal_(generator=generator)
-        towards = self.weight[self.target[::2]].float()
-        likely = math.log(self.classes) + 2.0  # log sum exp of normal logits with standard deviation 2
-        hidden[::2] += towards * ((likely - (hidden[::2] * towards).sum(1)) / towards.square().sum(1)).unsqueeze(1)
+        if self.odds:
+            chosen, towards = hidden[:: self.every], self.weight[self.target[:: self.every]].float()
+            # The log sum exp of normal logits, and the odds.
+            likely = math.log(self.classes) + self.scale**2 / 2 + math.log(self.odds)
+            chosen += towards * ((likely - (chosen * towards).sum(1)) / towards.square().sum(1)).unsqueeze(1)
         return hidden.to(DTYPES[self.dtype])
 
     @cached_property

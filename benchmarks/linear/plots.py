@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..fit import exponent
+from ..fit import fit_line, points
 from ..peers.linear import CHUNKED, EXACT, REFERENCE, SAMPLED
 from ..plot_style import COLOURS, Row, bars, milliseconds
 from .compare import ALL_PRODUCTS, FORWARD_PRODUCT, MARKS
@@ -99,12 +99,13 @@ def _growth(rows: list[Row]) -> Figure:
     for axes, (axis, name) in zip(grid, (("N", "tokens N"), ("V", "classes V"), ("H", "features H")), strict=True):
         index = "NVH".index(axis)
         for peer in (EXACT, SAMPLED):
-            points = [(row["shape"][index], row["ms"]) for row in rows if (row["peer"], row["axis"]) == (peer, axis)]
-            slope = exponent(rows, peer, axis, 0)
-            label = f"{peer}: {axis}^{slope:.2f}"
-            axes.loglog(*zip(*points, strict=True), "o-", color=COLOURS[peer], label=label, markersize=5)
-            guide = [(size, points[-1][1] * size / points[-1][0]) for size, _ in (points[0], points[-1])]
-            axes.loglog(*zip(*guide, strict=True), color="#000000", linestyle=(0, (1, 2)), linewidth=1)
+            found = points(rows, peer, axis)
+            line = fit_line(found)
+            axes.loglog(*zip(*found, strict=True), "o", color=COLOURS[peer], label=peer, markersize=5)
+            if line is not None:
+                label = f"{line.offset:.3g} + {line.slope:.3g} {axis}, within {line.distance:.1%}"
+                fitted = [(size, line.offset + line.slope * size) for size, _ in found]
+                axes.loglog(*zip(*fitted, strict=True), color=COLOURS[peer], linewidth=1, label=label)
         shape = next(row["shape"] for row in rows if row["axis"] == axis)
         others = ", ".join(f"{letter} = {size:,}" for letter, size in zip("NVH", shape, strict=True) if letter != axis)
         axes.set_title(others)
@@ -115,7 +116,7 @@ def _growth(rows: list[Row]) -> Figure:
         axes.grid(which="major")
         axes.legend()
     grid[0].set_ylabel("milliseconds, loss and both gradients")
-    figure.suptitle("Linear in tokens, classes and features (float32; dotted: proportional)", x=0.01, ha="left")
+    figure.suptitle("Time over tokens, classes and features, and the nearest lines (float32)", x=0.01, ha="left")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     return figure
 

@@ -6,7 +6,19 @@ from collections.abc import Callable
 
 from ..report import Section
 from ..settings import Settings
-from . import growth, large, linear, linear_growth, linear_memory, linear_threshold, memory, segmentation, small, statistics
+from . import (
+    growth,
+    large,
+    linear,
+    linear_growth,
+    linear_memory,
+    linear_sparse,
+    linear_threshold,
+    memory,
+    segmentation,
+    small,
+    statistics,
+)
 
 SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "loss": large.loss,
@@ -20,4 +32,5 @@ SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "linear-memory": linear_memory.measure,
     "linear-growth": linear_growth.measure,
     "linear-threshold": linear_threshold.measure,
+    "linear-sparse": linear_sparse.measure,
 }

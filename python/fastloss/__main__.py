@@ -72,6 +72,7 @@ def errors(dtype: str) -> tuple[float, float]:
             _arrays.address(loss[row:]),
             0,
             described(grad[row], dtype),
+            1.0,
             None,
         )
     expected_loss, expected_grad = reference(values, target, smoothing)

@@ -29,6 +29,7 @@ def cross_entropy(
     loss: int,
     saved: int,
     grad: Tensor | None,
+    upstream: float,
     sampled: SampledGradient | None,
     /,
 ) -> float: ...

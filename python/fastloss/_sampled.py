@@ -36,6 +36,11 @@ class SparseGradient(NamedTuple):
         _cpu.transpose(self.rows, *self._addresses(), wide, rows, *out._addresses())
         return out
 
+    def without_empty_rows(self) -> tuple[SparseGradient, Array]:
+        """The rows that have an entry, and their numbers."""
+        rows = np.flatnonzero(np.diff(self.start))
+        return self._replace(start=np.append(self.start[rows], self.start[-1:])), rows
+
     def multiply(self, matrix: _cpu.Tensor, out: _cpu.Tensor) -> None:
         """Writes the product with a dense matrix, whose columns lie side by side: sums in the order of the entries."""
         _cpu.multiply(self.rows, *self._addresses(), matrix, out)

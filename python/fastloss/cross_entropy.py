@@ -150,6 +150,7 @@ def cross_entropy(
         _arrays.address(loss),
         0,
         None if grad is None else _arrays.tensor(grad, axis),
+        1.0,
         None,
     )
     result = loss[()]  # a scalar where there are no dimensions, as NumPy's own reductions return

@@ -134,6 +134,7 @@ def linear_cross_entropy(
             _arrays.address(losses[tokens]),
             0,
             _arrays.tensor(logits, 1) if return_grad and sampler is None else None,
+            1.0,
             sampler.start(numbers[tokens]) if sampler else None,
         )
 

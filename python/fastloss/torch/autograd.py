@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastloss._options import row_shape
+from fastloss._options import NONE, row_shape
 from fastloss.torch import (
     batching,  # noqa: F401  its import registers the rules for vmap
     ops,
     plain,
 )
+from fastloss.torch.ahead import expectation
 from fastloss.torch.ops import Options
 
 LOGITS, TARGET = 0, 1
@@ -40,9 +41,13 @@ class CrossEntropy(Function):
         denominator: float | None,
         inplace: bool,
     ) -> Tensor:
-        """Runs the statistics pass."""
+        """Runs the statistics pass, and makes the gradient on the way if its upstream gradient can be expected."""
+        ctx.ahead = None
         if not torch.compiler.is_compiling():
-            loss, saved, scale = ops.cross_entropy(logits, target, weight, bias, options, reduction, denominator, True)
+            if reduction != NONE and not inplace and logits.is_cpu and ctx.needs_input_grad[LOGITS]:
+                ctx.ahead = expectation.start(logits)
+            made = () if ctx.ahead is None else (ctx.ahead.grad, ctx.ahead.upstream)
+            loss, saved, scale = ops.cross_entropy(logits, target, weight, bias, options, reduction, denominator, True, *made)
             ctx.scale = scale
             ctx.save_for_backward(logits, target, weight, bias, saved)
         else:
@@ -57,7 +62,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        """Runs the gradient pass."""
+        """Runs the gradient pass, if that is still to be done."""
         logits, target, weight, bias, saved, *scale = ctx.saved_tensors
         needs_logits, needs_target = ctx.needs_input_grad[:2]
         if ctx.scale is None or ops.is_batched_by_autograd(upstream):
@@ -76,11 +81,25 @@ class CrossEntropy(Function):
             return *_gradients(tensors, ctx.options, needs_logits, needs_target), None
         arguments = (upstream, logits, target, weight, bias, saved, ctx.scale, ctx.options)
         by_target = ops.soft_target_gradient(*arguments) if needs_target else None
-        by_logits = ops.cross_entropy_backward(*arguments, ctx.inplace) if needs_logits else None
-        if ctx.inplace and needs_logits:
-            torch.autograd.graph.increment_version(logits)
-            by_logits = logits.detach()
+        by_logits = None
+        if needs_logits:
+            by_logits, made = _place_for_gradient(ctx, upstream, logits)
+            if not made:
+                by_logits = ops.cross_entropy_backward(*arguments, by_logits)
         return by_logits, by_target, None, None, None, None, None, None
+
+
+def _place_for_gradient(ctx: Any, upstream: Tensor, logits: Tensor) -> tuple[Tensor | None, bool]:
+    """Where the gradient goes (None: to fresh memory), and whether forward has put it there already."""
+    ahead, ctx.ahead = ctx.ahead, None
+    if ctx.inplace:
+        torch.autograd.graph.increment_version(logits)
+        return logits.detach(), False
+    if upstream.ndim > 0 or not logits.is_cpu:
+        return None, False
+    brought = upstream.item()
+    expectation.learn(brought)
+    return (None, False) if ahead is None else (ahead.take(), brought == ahead.upstream)
 
 
 # `Function.apply` without its question whether `torch.func` is at work, where the caller has asked that already.

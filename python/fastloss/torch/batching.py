@@ -115,10 +115,18 @@ def _in_turn(op: Any) -> Any:
         results = [of_sample(i) for i in range(info.batch_size)]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
-        outputs = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        outputs = [_stacked(parts) for parts in zip(*results, strict=True)]
         return type(results[0])(outputs), type(results[0])([0] * len(outputs))
 
     return rule
+
+
+def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
+    """Side by side; sampled entries, of which samples have different numbers, with zeros after the last."""
+    if parts[0].ndim == 1:
+        longest = max(map(len, parts))
+        parts = tuple(torch.nn.functional.pad(part, (0, longest - len(part))) for part in parts)
+    return torch.stack(parts)
 
 
 torch.library.register_vmap("fastloss::cross_entropy", _cross_entropy_vmap)

@@ -43,8 +43,12 @@ def cross_entropy(
     - class id y: ``w_y * ((1 - eps) * (L - z_y) + z_loss * L**2) + eps / V * sum_j w_j * (L - z_j)``,
     - probabilities q: ``sum_j w_j * ((1 - eps) * q_j + eps / V) * (L - z_j) + z_loss * L**2``.
 
-    Forward reads the logits once and keeps a few numbers a row; backward reads them once more and writes the gradient. Under
-    `torch.compile` and `torch.func`, `inplace` has no effect.
+    Forward reads the logits once and keeps a few numbers a row. A reduced loss of CPU logits makes the gradient in the same
+    trip, in memory of its own, times the upstream gradient that the last backward brought (1 at first). Where backward brings
+    another one, and where forward made no gradient (``"none"``, `inplace`, under `torch.compile`, `torch.func`, checkpointing
+    or offloading, while another loss waits for its backward, after an upstream gradient that was new or never came), backward
+    reads the logits once more and writes the gradient: the same bits. Under `torch.compile` and `torch.func`, `inplace` has no
+    effect.
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, or any shape with `dim`; float32, float64, float16 or
@@ -65,8 +69,8 @@ def cross_entropy(
         logit_bias: one number a class, added last (logit adjustment), shape ``(C)``; a constant.
         denominator: number or 0-d tensor that divides the sum in place of the counted weights: the tokens of a whole
             accumulation window, say. A batch with every target ignored then gives 0, on the graph, and not NaN.
-        inplace: backward writes the gradient over the logits, so that no second tensor of their size is made. Autograd reports
-            any other use of the logits after that.
+        inplace: backward writes the gradient over the logits, so that no second tensor of their size is made; fresh memory, in
+            the trip of the loss, is faster. Autograd reports any other use of the logits after that.
 
     Returns:
         The loss: float64 for float64 logits and else float32; a scalar, or the shape of the class ids for ``"none"``.

@@ -99,11 +99,11 @@ def cross_entropy_backward(
     saved: Tensor,
     scale: Tensor,
     options: Options,
-    inplace: bool = False,
+    grad: Tensor | None = None,
 ) -> Tensor:
     """As `ops.cross_entropy_backward`."""
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
-    grad = logits if inplace else ops.fresh(logits)
+    grad = ops.fresh(logits) if grad is None else grad
     ids, soft = ops.targets_of(target, dim)
     upstream = upstream.resolve_neg().contiguous()
     _cuda.cross_entropy_backward(

@@ -14,7 +14,7 @@ from fastloss._options import NONE
 from fastloss._sampled import slots_of_token
 from fastloss.torch import cuda, ops
 from fastloss.torch.cuda_projection import Order, Projection
-from fastloss.torch.linear_ops import Head, Loss, Task
+from fastloss.torch.linear_ops import Entries, Head, Loss, Task, of_classes
 from fastloss.torch.ops import CODES, accumulation_dtype
 from fastloss.torch.projection import NOTHING, Wanted
 
@@ -112,7 +112,7 @@ def cross_entropy_backward(
     def kernel(tokens: slice, logits: Tensor) -> None:
         of_tokens = upstream[tokens] if by_token else upstream
         rest = (*task[1:3], saved[tokens], scale, task.options)
-        ops.cross_entropy_backward(of_tokens, logits, task.target[tokens], *rest, inplace=True)
+        ops.cross_entropy_backward(of_tokens, logits, task.target[tokens], *rest, grad=logits)
 
     for_each_chunk(projection, kernel, carry_back=True)
     return projection.gradients()
@@ -137,7 +137,7 @@ class _Sampler:
         plain = task.target.dtype not in CODES and task.options.label_smoothing == 0.0
         self._slots = slots_of_token(threshold, classes, plain)
         self._threshold = threshold
-        self._seed = seed.to(hidden.device, non_blocking=True)
+        self._seed = seed if seed.device == hidden.device else torch.full_like(seed, int(seed), device=hidden.device)
         self.count = hidden.new_zeros(tokens, dtype=torch.int64)
         # Places that stay empty come behind all classes.
         self.columns = hidden.new_full((tokens, self._slots), classes, dtype=torch.int32)
@@ -152,36 +152,76 @@ class _Sampler:
 
 def cross_entropy_sampled(
     head: Head, task: Task, reduction: int, denominator: float | None, threshold: float, seed: Tensor
-) -> tuple[Loss, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Loss, Entries]:
     """The loss, and of each token how many entries it kept, their columns and values: the first of its places."""
     sampler = _Sampler(head, task, threshold, seed)
     loss, _ = _forward(head, task, reduction, denominator, NOTHING, sampler)
     return loss, (sampler.count, sampler.columns, sampler.values)
 
 
-def sampled_backward(
-    upstream: Tensor, head: Head, entries: tuple[Tensor, Tensor, Tensor], scale: Tensor, wanted: Wanted
-) -> list[Tensor]:
+class _Sums:
+    """Sums over the kept entries of a loss, times its upstream gradient: of each token, or of each class."""
+
+    def __init__(self, upstream: Tensor, head: Head, entries: Entries, scale: Tensor) -> None:
+        count, columns, values = entries
+        self.hidden, self.weight = head.hidden.contiguous(), head.weight.contiguous()
+        self._entries = entries
+        self._factors = (upstream.to(torch.float64) * scale).expand(len(self.hidden)).contiguous()
+        self._places = (columns.shape[1], count.data_ptr(), columns.data_ptr(), values.data_ptr())
+        self._code, self._where = CODES[self.weight.dtype], cuda.where(self.hidden)
+
+    def by_hidden(self) -> Tensor:
+        """The gradient by the hidden states."""
+        return self._multiply(len(self.hidden), 0, 0, self.weight)
+
+    def order(self) -> tuple[Tensor, Tensor]:
+        """Where the places of each class begin, and the places: those of a class in the order of the tokens."""
+        columns, order = self._entries[1].flatten().sort(stable=True)  # empty ones come last
+        classes = torch.arange(len(self.weight) + 1, dtype=torch.int32, device=columns.device)
+        return torch.searchsorted(columns, classes), order
+
+    def by_weight(self, start: Tensor, order: Tensor) -> Tensor:
+        """The gradient by the weights of the classes that begin there."""
+        return self._multiply(len(start) - 1, start.data_ptr(), order.data_ptr(), self.hidden)
+
+    def by_bias(self, start: Tensor, order: Tensor) -> Tensor:
+        """The same by the bias."""
+        out = self.weight.new_empty(len(start) - 1)
+        by_class = (self._places, self._factors.data_ptr(), start.data_ptr(), order.data_ptr())
+        _cuda.row_sums(len(out), *by_class, self._code, out.data_ptr(), *self._where)
+        return out
+
+    def _multiply(self, rows: int, start: int, order: int, matrix: Tensor) -> Tensor:
+        out = matrix.new_empty((rows, matrix.shape[1]))
+        sparse = (rows, self._places, self._factors.data_ptr(), start, order)
+        _cuda.multiply(*sparse, self._code, matrix.data_ptr(), matrix.shape[1], out.data_ptr(), *self._where)
+        return out
+
+
+def sampled_backward(upstream: Tensor, head: Head, entries: Entries, scale: Tensor, wanted: Wanted) -> list[Tensor]:
     """The gradients as sums over the kept entries, in a fixed order."""
-    count, columns, values = entries
-    hidden, weight = head.hidden.contiguous(), head.weight.contiguous()
-    tokens, classes, code, where = len(hidden), len(weight), CODES[weight.dtype], cuda.where(hidden)
-    factors = (upstream.to(torch.float64) * scale).expand(tokens).contiguous()
-    places = (columns.shape[1], count.data_ptr(), columns.data_ptr(), values.data_ptr())
-    by_hidden, by_weight, by_bias = (weight.new_empty(0) for _ in wanted)
+    sums = _Sums(upstream, head, entries, scale)
+    by_hidden, by_weight, by_bias = (head.weight.new_empty(0) for _ in wanted)
     if wanted.hidden:
-        by_hidden = torch.empty_like(hidden)
-        matrix = (code, weight.data_ptr(), weight.shape[1])
-        _cuda.multiply(tokens, places, factors.data_ptr(), 0, 0, *matrix, by_hidden.data_ptr(), *where)
+        by_hidden = sums.by_hidden()
     if wanted.weight or wanted.bias:
-        # By classes, those of a class in the order of the tokens; empty places come last.
-        sorted_columns, order = columns.flatten().sort(stable=True)
-        start = torch.searchsorted(sorted_columns, torch.arange(classes + 1, dtype=torch.int32, device=columns.device))
-        by_class = (classes, places, factors.data_ptr(), start.data_ptr(), order.data_ptr())
-        if wanted.weight:
-            by_weight = torch.empty_like(weight)
-            _cuda.multiply(*by_class, code, hidden.data_ptr(), hidden.shape[1], by_weight.data_ptr(), *where)
-        if wanted.bias:
-            by_bias = weight.new_empty(classes)
-            _cuda.row_sums(*by_class, code, by_bias.data_ptr(), *where)
+        start, order = sums.order()
+        by_weight = sums.by_weight(start, order) if wanted.weight else by_weight
+        by_bias = sums.by_bias(start, order) if wanted.bias else by_bias
+    return [by_hidden, by_weight, by_bias]
+
+
+def sparse_backward(upstream: Tensor, head: Head, entries: Entries, scale: Tensor, wanted: Wanted) -> list[Tensor]:
+    """As `linear_ops.sparse_backward`. Waits for the GPU: to take memory, the number of classes must be known."""
+    sums = _Sums(upstream, head, entries, scale)
+    by_hidden, by_weight, by_bias = (head.weight.new_empty(0) for _ in wanted)
+    if wanted.hidden:
+        by_hidden = sums.by_hidden()
+    if wanted.weight or wanted.bias:
+        start, order = sums.order()
+        ids = start.diff().nonzero().squeeze(1)
+        start = torch.cat([start[ids], start[-1:]])
+        # Each tensor is the only owner of its ids.
+        by_weight = of_classes(ids.clone(), sums.by_weight(start, order), head.weight) if wanted.weight else by_weight
+        by_bias = of_classes(ids, sums.by_bias(start, order), head.weight[:, 0]) if wanted.bias else by_bias
     return [by_hidden, by_weight, by_bias]

@@ -14,10 +14,24 @@ from fastloss import _options
 from fastloss._chunks import check_chunk_tokens
 from fastloss._options import STATISTICS, LogitStats
 from fastloss.torch import ops
-from fastloss.torch.arguments import as_class_ids, check_device, check_logits, per_class
+from fastloss.torch.arguments import per_class
+from fastloss.torch.linear_arguments import (
+    check_factors,
+    check_sparse,
+    check_sparse_factors,
+    check_statistics_ids,
+    check_target,
+    chunk_size_of,
+    device_type,
+    seed_tensor,
+    split_places,
+    tensor_denominator,
+    under_autocast,
+)
 from fastloss.torch.linear_autograd import (
     LinearCrossEntropy,
     LinearCrossEntropySampled,
+    LinearCrossEntropySparse,
     LinearCrossEntropyUnderTransforms,
     LinearStatistics,
 )
@@ -44,6 +58,7 @@ def linear_cross_entropy(
     backward: str = "exact",
     threshold: float = 1 / 64,
     seed: int | torch.Generator | None = None,
+    sparse: bool = False,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     r"""`cross_entropy(linear(input, linear_weight, linear_bias), target)` with the logits of a few tokens at a time.
@@ -81,6 +96,12 @@ def linear_cross_entropy(
         backward: ``"exact"`` or ``"sampled"``.
         threshold: t in (0, 1], for the sampled backward.
         seed: an int or a `torch.Generator`, for the sampled backward; by default a number drawn from PyTorch's generator.
+            Under `torch.vmap` a given one serves every sample; drawn ones follow its `randomness`.
+        sparse: for the sampled backward: the gradients by `linear_weight` ``(C, H)`` and `linear_bias` are sparse tensors with
+            a row for each class that has an entry, sorted by class, as `torch.nn.Embedding` with ``sparse=True`` has them and
+            `torch.optim.SparseAdam` and `torch.optim.SGD` take them. Each row has the bits of the dense gradient, which is not
+            made. Not under `torch.compile` or `torch.func`, nor for second derivatives. On a GPU, backward waits for the number
+            of such classes.
         chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits, 1 GiB on a GPU.
 
     Returns:
@@ -90,7 +111,8 @@ def linear_cross_entropy(
         TypeError: a dtype that is not supported.
         ValueError: shapes or options that do not fit.
         IndexError: a class id out of range; on a GPU it makes its token NaN, and raises with `FASTLOSS_DEBUG=1` alone.
-        NotImplementedError: tensors that are neither on the CPU nor on a CUDA device.
+        NotImplementedError: tensors on neither the CPU nor a CUDA device; `sparse` under a transform or in a second
+            derivative.
 
     Example:
         >>> import torch
@@ -104,12 +126,15 @@ def linear_cross_entropy(
     Source:
         The sampling rule: Wangni et al., "Gradient Sparsification for Communication-Efficient Distributed Optimization" (2018).
     """
-    _check_factors(input, linear_weight, linear_bias)
+    check_factors(input, linear_weight, linear_bias)
+    if sparse:
+        check_sparse(_options.backward_code(backward), linear_weight.shape[1:-1])
+        check_sparse_factors(input, linear_weight)
     if linear_weight.ndim > 2:
         return _with_further_dimensions(**locals())
     rows = input.shape[:-1]
     logits_shape = (*rows, linear_weight.shape[0])
-    ids = _check_target(input, target, logits_shape, ignore_index)
+    ids = check_target(input, target, logits_shape, ignore_index)
     checked = _options.loss_options(
         -100 if ignore_index is None else ignore_index,
         reduction,
@@ -119,34 +144,47 @@ def linear_cross_entropy(
         temperature,
         None if isinstance(denominator, Tensor) else denominator,
     )
-    divisor, code = _tensor_denominator(denominator, reduction, checked.reduction)
+    divisor, code = tensor_denominator(denominator, reduction, checked.reduction)
     class_weight = None if weight is None else per_class("weight", weight, linear_weight, 0)
     logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, linear_weight, 0)
-    chunk = _chunk_tokens(chunk_tokens, options)
-    hidden, head, bias = _autocast(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
+    chunk = chunk_size_of(chunk_tokens, options)
+    hidden, head, bias = under_autocast(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
     ids = ids.reshape(-1) if ids.dtype not in CODES else ids.reshape(-1, ids.shape[-1])
     choices = (checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
     arguments = (hidden, head, bias, chunk, ids, class_weight, logit_bias, *choices, code, checked.denominator)
-    loss = _run(arguments, _options.backward_code(backward), _options.threshold(threshold), seed)
+    loss = _run(arguments, _options.backward_code(backward), _options.threshold(threshold), seed, sparse)
     if divisor is not None:
         loss = loss / divisor.to(loss.dtype)
     return loss.reshape(rows) if code == _options.NONE else loss
 
 
-def _run(arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int | torch.Generator | None) -> Tensor:
+def _with_further_dimensions(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, **options: Any
+) -> Tensor:
+    losses = [linear_cross_entropy(**place) for place in split_places(input, linear_weight, target, linear_bias, options)]
+    stacked = torch.stack(losses, -1)
+    return stacked.reshape(len(input), *linear_weight.shape[1:-1]) if options["reduction"] == "none" else stacked.sum()
+
+
+def _run(
+    arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int | torch.Generator | None, sparse: bool
+) -> Tensor:
     hidden, head, bias, _, target, class_weight, logit_bias = arguments[:7]
     tensors = (hidden, head, bias, target)
     compiling = torch.compiler.is_compiling()
     eager = not compiling and ops.eager(*tensors, class_weight, logit_bias)
     needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     loss: Tensor
-    with torch.autocast(_device_type(hidden), enabled=False):
+    with torch.autocast(device_type(hidden), enabled=False):
         if eager and not needs:
             loss, *_ = torch.ops.fastloss.linear_cross_entropy(*arguments, *NOTHING)
         elif sampled:
             if target.requires_grad:
                 raise ValueError("target gets no gradient from backward='sampled': pass target.detach()")
-            loss = LinearCrossEntropySampled.apply(*arguments, threshold, _seed(seed, hidden.device))[0]
+            if sparse:
+                loss = LinearCrossEntropySparse.apply(*arguments, threshold, seed_tensor(seed, hidden.device))
+            else:
+                loss = LinearCrossEntropySampled.apply(*arguments, threshold, seed_tensor(seed, hidden.device))[0]
         elif eager:
             loss = LinearCrossEntropy.apply(*arguments)
         else:
@@ -192,7 +230,7 @@ def linear_logit_stats(
         TypeError: a dtype that is not supported.
         ValueError: shapes, names or options that do not fit.
         IndexError: a class id out of range; on a GPU it makes its token NaN, and raises with `FASTLOSS_DEBUG=1` alone.
-        NotImplementedError: tensors that are neither on the CPU nor on a CUDA device.
+        NotImplementedError: tensors on neither the CPU nor a CUDA device.
 
     Example:
         >>> import torch
@@ -200,27 +238,18 @@ def linear_logit_stats(
         >>> print(stats.logprob.exp(), stats.entropy.exp())
         tensor([0.1250, 0.1250]) tensor([8., 8.])
     """
-    _check_factors(hidden, weight, bias, ("hidden", "weight", "bias"))
+    check_factors(hidden, weight, bias, ("hidden", "weight", "bias"))
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (C, H), got {tuple(weight.shape)}")
     rows = hidden.shape[:-1]
     heat, cap = _options.transform_options(temperature, softcap)
     names = _options.wanted_statistics(want, target is not None)
-    ids = None
-    if target is not None:
-        if not isinstance(target, Tensor):
-            raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-        check_device("target", target, hidden)
-        if target.dtype.is_floating_point:
-            raise TypeError(f"target must hold integer class ids, got {str(target.dtype).removeprefix('torch.')}")
-        _options.ids_per_row(target.shape, (*rows, weight.shape[0]), len(rows), "target", "the logits")
-        many = target.ndim > len(rows)
-        ids = as_class_ids(target).reshape((-1, target.shape[-1]) if many else (-1,))
+    ids = None if target is None else check_statistics_ids(target, hidden, weight.shape[0])
     logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, weight, 0)
     wanted = tuple(name in names or (name == "argmax" and "max_prob" in names) for name in STATISTICS)
     chunk = None if chunk_tokens is None else check_chunk_tokens(chunk_tokens)
-    factors = _autocast(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-    with torch.autocast(_device_type(hidden), enabled=False):
+    factors = under_autocast(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    with torch.autocast(device_type(hidden), enabled=False):
         outputs = LinearStatistics.apply(*factors, chunk, ids, logit_bias, cap, heat, wanted)
     found = {}
     for name, out in zip(STATISTICS, outputs, strict=False):
@@ -265,12 +294,15 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         logit_bias: Tensor | None = None,
         backward: str = "exact",
         threshold: float = 1 / 64,
+        sparse: bool = False,
         chunk_tokens: int | None = None,
     ) -> None:
         """Takes the size of the head, and the options of `linear_cross_entropy`."""
         super().__init__()
         _options.loss_options(ignore_index or 0, reduction, label_smoothing, z_loss, softcap, temperature, None)
-        _options.backward_code(backward)
+        sampled = _options.backward_code(backward)
+        if sparse:
+            check_sparse(sampled, out_features)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.linear = torch.nn.Linear(
             in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype
@@ -287,6 +319,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             "temperature": temperature,
             "backward": backward,
             "threshold": _options.threshold(threshold),
+            "sparse": sparse,
             "chunk_tokens": chunk_tokens,
         }
 
@@ -298,13 +331,16 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         seed: int | torch.Generator | None = None,
     ) -> Tensor:
         """The loss of these hidden states, see `linear_cross_entropy`."""
-        shape = (self.num_classes, *self.out_features)
+        head: Tensor = self.linear.weight
         bias: Tensor | None = self.linear.bias  # None without a bias, which its type does not say
+        if self.out_features:
+            head = head.reshape(self.num_classes, *self.out_features, -1)
+            bias = bias if bias is None else bias.reshape(head.shape[:-1])
         return linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*shape, self.linear.in_features),
+            head,
             target,
-            linear_bias=bias if bias is None else bias.reshape(shape),
+            linear_bias=bias,
             weight=self.weight,
             logit_bias=self.logit_bias,
             denominator=denominator,
@@ -314,131 +350,6 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Shows the options that are not at their defaults."""
-        shown = {name: value for name, value in self._options.items() if value is not None and name != "options"}
+        hidden = ("options",) if self._options["sparse"] else ("options", "sparse")
+        shown = {name: value for name, value in self._options.items() if value is not None and name not in hidden}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-
-# ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _check_factors(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    names: tuple[str, str, str] = ("input", "linear_weight", "linear_bias"),
-) -> None:
-    check_logits(names[0], hidden, cuda=True)
-    check_logits(names[1], weight, cuda=True)
-    if hidden.ndim < 1:
-        raise ValueError(f"{names[0]} must have shape (..., H), got a 0-dimensional tensor")
-    if weight.ndim < 2:
-        raise ValueError(f"{names[1]} must have shape (C, H), got {tuple(weight.shape)}")
-    if hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"{names[1]} must have as many features as {names[0]}, {hidden.shape[-1]}, at its end; got {tuple(weight.shape)}"
-        )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{names[1]} must have at least one class, got shape {tuple(weight.shape)}")
-    if weight.ndim > 2 and hidden.ndim != 2:
-        raise ValueError(f"{names[0]} must have shape (N, H) for {names[1]} of shape {tuple(weight.shape)}")
-    tensors = {names[1]: weight}
-    if bias is not None:
-        check_logits(names[2], bias, cuda=True)
-        if bias.shape != weight.shape[:-1]:
-            raise ValueError(f"{names[2]} must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
-        tensors[names[2]] = bias
-    for name, tensor in tensors.items():
-        check_device(name, tensor, hidden)
-        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(_device_type(hidden)):
-            kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (tensor, hidden))
-            raise TypeError(f"{name} must have the dtype of {names[0]}, {wanted}, got {kind}")
-
-
-def _check_target(input: Tensor, target: Tensor, logits_shape: tuple[int, ...], ignore_index: int | None) -> Tensor:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    check_device("target", target, input)
-    if target.dtype in CODES:
-        _options.check_probabilities_shape(target.shape, logits_shape, "the logits")
-        if ignore_index is not None:
-            raise ValueError("ignore_index has no meaning for target probabilities")
-        return target
-    ids = as_class_ids(target)
-    _options.check_ids_shape(ids.shape, logits_shape, len(logits_shape) - 1, "the logits")
-    return ids
-
-
-def _tensor_denominator(denominator: float | Tensor | None, reduction: str, code: int) -> tuple[Tensor | None, int]:
-    """A denominator that is a tensor divides the sum afterwards."""
-    if not isinstance(denominator, Tensor):
-        return None, code
-    _options.check_denominator_use(reduction)
-    if denominator.ndim != 0:
-        raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
-    return denominator, _options.SUM
-
-
-def _seed(seed: object, device: torch.device) -> Tensor:
-    """A number where it is used: drawn there, unless by a generator of the host, so that a CUDA graph draws at each replay."""
-    if isinstance(seed, torch.Generator) and seed.device.type == "cpu":
-        seed = int(torch.randint(2**63 - 1, (), generator=seed, device="cpu"))
-    if seed is None or isinstance(seed, torch.Generator):
-        return torch.randint(2**63 - 1, (), generator=seed, device=device)
-    return torch.full((), _options.seed(seed), dtype=torch.int64, device=device)
-
-
-def _chunk_tokens(chunk_tokens: int | None, options: Any) -> int | None:
-    if chunk_tokens is not None:
-        return check_chunk_tokens(chunk_tokens)
-    size = getattr(options, "batch_chunk_size", None)
-    return size if isinstance(size, int) and size > 0 else None
-
-
-def _device_type(tensor: Tensor) -> str:
-    """As autocast takes it."""
-    return "cuda" if tensor.is_cuda else "cpu"
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast makes of the factors of a linear map."""
-    kind = _device_type(hidden)
-    if not torch.is_autocast_enabled(kind):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _with_further_dimensions(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, **options: Any
-) -> Tensor:
-    """Weights (C, d1, ..., dK, H): a head for each place (d1, ..., dK), and the loss over all of them."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    classes, *places = linear_weight.shape[:-1]
-    tokens, count = input.shape[0], math.prod(places)
-    probabilities = target.dtype in CODES
-    wanted = (tokens, classes, *places) if probabilities else (tokens, *places)
-    if tuple(target.shape) != wanted:
-        of_weight = f"linear_weight of shape {tuple(linear_weight.shape)}"
-        raise ValueError(f"target must have shape {wanted} for {of_weight}, got {tuple(target.shape)}")
-    heads = linear_weight.reshape(classes, count, -1).unbind(1)
-    biases = [None] * count if linear_bias is None else linear_bias.reshape(classes, count).unbind(1)
-    targets = target.flatten(2).unbind(2) if probabilities else target.flatten(1).unbind(1)
-    reduction, denominator = options["reduction"], options["denominator"]
-    if reduction == "mean" and denominator is None:
-        options["denominator"] = _counted(target, options["weight"], options["ignore_index"], tokens * count)
-    losses = [
-        linear_cross_entropy(input, head, ids, linear_bias=bias, **options)
-        for head, ids, bias in zip(heads, targets, biases, strict=True)
-    ]
-    stacked = torch.stack(losses, -1)
-    return stacked.reshape(tokens, *places) if reduction == "none" else stacked.sum()
-
-
-def _counted(target: Tensor, weight: Tensor | None, ignore_index: int | None, everything: int) -> Tensor:
-    if target.dtype in CODES:
-        return torch.tensor(float(everything), dtype=torch.float64)
-    counts = target != (-100 if ignore_index is None else ignore_index)
-    if weight is None:
-        return counts.sum().to(torch.float64)
-    return weight.to(torch.float64)[torch.where(counts, target, 0).long()].mul(counts).sum()

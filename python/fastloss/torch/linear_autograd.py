@@ -18,7 +18,7 @@ from torch.autograd import Function
 from fastloss._options import NONE
 from fastloss.torch import linear_ops, ops, plain
 from fastloss.torch.autograd import statistics_coefficients
-from fastloss.torch.linear_ops import grouped
+from fastloss.torch.linear_ops import Head, grouped
 from fastloss.torch.projection import NOTHING, Wanted
 
 # Every function here starts with the arguments of linear_ops.Head and Task, the options of Task spread out.
@@ -118,6 +118,8 @@ class LinearCrossEntropyUnderTransforms(Function):
 class LinearCrossEntropySampled(Function):
     """After the inputs: reduction, denominator, threshold, seed."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         """The exact loss, and a sample of its gradient by the logits."""
@@ -136,6 +138,29 @@ class LinearCrossEntropySampled(Function):
         inputs, (scale, *entries) = _saved(ctx)
         grads = _differentiable(upstream, inputs, scale, "sampled", tuple(entries), ctx.needs_input_grad)
         return *grads, None, None, None, None
+
+
+class LinearCrossEntropySparse(Function):
+    """The same with row-sparse gradients by weight and bias: for eager autograd, once."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """The exact loss, and a sample of its gradient by the logits."""
+        head, task, reduction, denominator, threshold, seed = grouped(arguments)
+        loss, entries = linear_ops.cross_entropy_sampled(head, task, reduction, denominator, threshold, seed)
+        ctx.scale = loss.scale
+        _save(ctx, arguments[:4], *entries)
+        return loss.loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        """Sums over the sampled entries."""
+        if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream):
+            raise NotImplementedError("sparse=True has neither second derivatives nor batched ones: pass sparse=False")
+        inputs, entries = _saved(ctx)
+        wanted = _wanted(ctx.needs_input_grad)
+        gradients = linear_ops.sparse_backward(upstream, Head(*inputs), entries, ctx.scale, wanted)
+        return tuple(_at_their_places(_INPUTS + 4, gradients, wanted))
 
 
 # ---- gradients that can be differentiated again ----------------------------------------------------------------------

@@ -166,7 +166,7 @@ def cross_entropy_backward(
             saved[tokens],
             scale,
             task.options,
-            inplace=True,
+            grad=logits,
         )
 
     for_each_chunk(projection, kernel, carry_back=True)
@@ -199,19 +199,27 @@ def soft_target_gradient(upstream: Tensor, head: Head, task: Task, saved: Tensor
 # ---- the sampled backward --------------------------------------------------------------------------------------------
 
 
+Entries = Sequence[Tensor]  # what sampling kept, as its operators hand it on: start, columns, values; on a GPU as there
+
+
 def cross_entropy_sampled(
-    head: Head, task: Task, reduction: int, denominator: float | None, threshold: float, seed: int
-) -> tuple[Loss, SparseGradient]:
+    head: Head, task: Task, reduction: int, denominator: float | None, threshold: float, seed: Tensor
+) -> tuple[Loss, Entries]:
     """The loss, and a sample of the gradient by the logits of each token's loss."""
-    sampler = Sampler(seed, threshold, np.float64 if head.hidden.dtype == torch.float64 else np.float32)
+    if _on_gpu(head.hidden):
+        on_gpu: tuple[Loss, Entries] = _gpu().cross_entropy_sampled(head, task, reduction, denominator, threshold, seed)
+        return on_gpu
+    sampler = Sampler(int(seed), threshold, np.float64 if head.hidden.dtype == torch.float64 else np.float32)
     loss, _ = _forward(head, task, reduction, denominator, NOTHING, sampler)
-    return loss, sampler.entries(head.hidden.shape[0])
+    return loss, [torch.from_numpy(part) for part in sampler.entries(head.hidden.shape[0])]
 
 
-def sampled_backward(upstream: Tensor, head: Head, entries: SparseGradient, scale: float, wanted: Wanted) -> list[Tensor]:
+def sampled_backward(upstream: Tensor, head: Head, kept: Entries, scale: float | Tensor, wanted: Wanted) -> list[Tensor]:
     """The gradients as sums over the kept entries, in a fixed order."""
-    factors = (upstream.to(torch.float64) * scale).expand(entries.rows)
-    entries = entries.scaled(factors.numpy())
+    if _on_gpu(head.hidden):
+        on_gpu: list[Tensor] = _gpu().sampled_backward(upstream, head, kept, scale, wanted)
+        return on_gpu
+    entries = _scaled(kept, upstream, scale)
     hidden, weight = head.hidden.contiguous(), head.weight.contiguous()
     classes = weight.shape[0]
     by_hidden, by_weight, by_bias = (weight.new_empty(0) for _ in wanted)
@@ -224,6 +232,37 @@ def sampled_backward(upstream: Tensor, head: Head, entries: SparseGradient, scal
     if wanted.bias:
         by_bias = torch.from_numpy(entries.column_sums(classes)).to(weight.dtype)
     return [by_hidden, by_weight, by_bias]
+
+
+def sparse_backward(upstream: Tensor, head: Head, kept: Entries, scale: float | Tensor, wanted: Wanted) -> list[Tensor]:
+    """The same bits, those by weight and bias as coalesced sparse tensors of the classes that have an entry."""
+    if _on_gpu(head.hidden):
+        on_gpu: list[Tensor] = _gpu().sparse_backward(upstream, head, kept, scale, wanted)
+        return on_gpu
+    gradients = sampled_backward(upstream, head, kept, scale, Wanted(wanted.hidden, False, False))
+    entries, hidden, weight = _scaled(kept, upstream, scale), head.hidden.contiguous(), head.weight
+    by_class, ids = entries.transposed(weight.shape[0]).without_empty_rows()
+    # Each tensor is the only owner of its ids and values: then autograd takes it over as it is.
+    if wanted.weight:
+        rows = ops.fresh_matrix((by_class.rows, weight.shape[1]), weight.dtype)
+        by_class.multiply(ops.describe(hidden, 1), ops.describe(rows, 1))
+        gradients[1] = of_classes(torch.tensor(ids), rows, weight)
+    if wanted.bias:
+        sums = torch.from_numpy(entries.column_sums(weight.shape[0])[ids])
+        gradients[2] = of_classes(torch.tensor(ids), sums.to(weight.dtype), weight[:, 0])
+    return gradients
+
+
+def of_classes(ids: Tensor, values: Tensor, factor: Tensor) -> Tensor:
+    """Rows of some classes, in their order, as a sparse tensor of all of them."""
+    return torch.sparse_coo_tensor(ids[None], values, factor.shape, check_invariants=False, is_coalesced=True)
+
+
+def _scaled(kept: Entries, upstream: Tensor, scale: float | Tensor) -> SparseGradient:
+    start, columns, values = kept
+    count = int(start[-1])  # after them vmap may have put zeros
+    entries = SparseGradient(start.numpy(), columns[:count].numpy(), values[:count].numpy())
+    return entries.scaled((upstream.to(torch.float64) * scale).expand(entries.rows).numpy())
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -338,19 +377,13 @@ def _soft_target_op(upstream: Tensor, *args: Any) -> Tensor:
 
 def _sampled_op(*args: Any) -> tuple[Tensor, ...]:
     head, task, reduction, denominator, threshold, seed = grouped(args)
-    if _on_gpu(head.hidden):
-        loss, places = _gpu().cross_entropy_sampled(head, task, reduction, denominator, threshold, seed)
-        return loss.loss, loss.scale, *places
-    loss, entries = cross_entropy_sampled(head, task, reduction, denominator, threshold, int(seed))
-    return loss.loss, ops.as_tensor(loss.scale), *map(torch.from_numpy, entries)
+    loss, entries = cross_entropy_sampled(head, task, reduction, denominator, threshold, seed)
+    return loss.loss, ops.as_tensor(loss.scale), *entries
 
 
 def _sampled_backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
     head, (*entries, scale), wanted = Head(*args[:4]), args[4:8], Wanted(*args[8:])
-    if _on_gpu(head.hidden):
-        on_gpu: list[Tensor] = _gpu().sampled_backward(upstream, head, entries, scale, wanted)
-        return on_gpu
-    return sampled_backward(upstream, head, SparseGradient(*(part.numpy() for part in entries)), scale.item(), wanted)
+    return sampled_backward(upstream, head, entries, _factor(scale), wanted)
 
 
 def _statistics_op(*args: Any) -> list[Tensor]:

@@ -132,12 +132,13 @@ def cross_entropy(
     denominator: float | None,
     keep: bool,
     grad: Tensor | None = None,
+    upstream: float = 1.0,
     sampled: _cpu.SampledGradient | None = None,
 ) -> tuple[Tensor, Tensor | None, float | Tensor]:
     """The loss, what backward needs of each row (max, rest, mass) if `keep`, and the factor 1 / denominator.
 
-    The gradient by the logits comes from the same trip: all of it in `grad`, which may be the logits, or a sample. On a GPU the
-    factor is a tensor, and there is no sample.
+    The gradient by the logits comes from the same trip, times `upstream`: all of it in `grad`, which may be the logits, or a
+    sample. On a GPU the factor is a tensor, and there is neither sample nor upstream gradient.
     """
     if not logits.is_cpu:
         on_gpu: tuple[Tensor, Tensor | None, Tensor] = gpu().cross_entropy(
@@ -165,6 +166,7 @@ def cross_entropy(
         loss.data_ptr(),
         address(saved),
         None if grad is None else describe(grad, dim),
+        upstream,
         sampled,
     )
     return loss, saved, 1.0 / used if used else 0.0  # nothing counted: no row has a gradient
@@ -179,14 +181,14 @@ def cross_entropy_backward(
     saved: Tensor,
     scale: float | Tensor,
     options: Options,
-    inplace: bool = False,
+    grad: Tensor | None = None,
 ) -> Tensor:
-    """The gradient by the logits; over the logits themselves with `inplace`."""
+    """The gradient by the logits, in `grad`, which may be the logits."""
     if not logits.is_cpu:
-        on_gpu: Tensor = gpu().cross_entropy_backward(upstream, logits, target, weight, bias, saved, scale, options, inplace)
+        on_gpu: Tensor = gpu().cross_entropy_backward(upstream, logits, target, weight, bias, saved, scale, options, grad)
         return on_gpu
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
-    grad = logits if inplace else fresh(logits)
+    grad = fresh(logits) if grad is None else grad
     ids, soft = targets_of(target, dim)
     upstream = upstream.resolve_neg().contiguous()
     _cpu.cross_entropy_backward(
