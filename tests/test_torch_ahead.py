@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastloss.torch as fl  # noqa: E402
-from fastloss.torch import ahead, autograd, ops  # noqa: E402
+from fastloss.torch import ahead, autograd, linear_autograd, ops  # noqa: E402
 from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -20,6 +20,7 @@ def expectation(monkeypatch):
     fresh = ahead.Expectation()
     monkeypatch.setattr(ahead, "expectation", fresh)
     monkeypatch.setattr(autograd, "expectation", fresh)
+    monkeypatch.setattr(linear_autograd, "expectation", fresh)
     return fresh
 
 
@@ -142,6 +143,24 @@ def test_second_derivative_after_a_gradient_was_made():
         return torch.autograd.grad(grad.square().sum(), logits)[0]
 
     torch.testing.assert_close(second(fl.cross_entropy), second(torch.nn.functional.cross_entropy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_linear_gradients_of_16_bits_are_rounded_once_for_any_upstream(dtype):
+    hidden, weight = (seeded(n, 32, scale=0.3, dtype=dtype).requires_grad_() for n in (8, 500))
+    target = seeded_ids(500, 8)
+    for factor in (1.0, 0.3, 0.3, 0.3, 2.0**-20, 0.0, 2.0**-20):
+        loss = fl.linear_cross_entropy(hidden, weight, target) * factor
+        rows = fl.linear_cross_entropy(hidden, weight, target, reduction="none")
+        expected = torch.autograd.grad(rows, (hidden, weight), torch.full_like(rows, factor / 8))
+        assert all(map(same_bits, torch.autograd.grad(loss, (hidden, weight)), expected))
+
+
+def test_linear_gradients_that_float16_is_too_small_for_come_back_with_the_scale_of_the_loss():
+    hidden, weight = (seeded(n, 32, scale=0.01, dtype=torch.float16).requires_grad_() for n in (8, 500))
+    loss = fl.linear_cross_entropy(hidden, weight, seeded_ids(500, 8), denominator=1e6)
+    (grad,) = torch.autograd.grad(loss * 2.0**16, weight)
+    assert torch.count_nonzero(grad) > 0.9 * grad.numel()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

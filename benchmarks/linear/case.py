@@ -63,7 +63,7 @@ class LinearCase:
     @property
     def chunk(self) -> int:
         """Tokens whose logits fastloss makes at a time."""
-        return chunk_size(None, self.tokens, self.classes, DTYPES[self.dtype].itemsize)
+        return chunk_size(None, self.tokens, self.classes)
 
     @cached_property
     def target(self) -> torch.Tensor:

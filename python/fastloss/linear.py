@@ -68,7 +68,7 @@ def linear_cross_entropy(
         backward: "exact" or "sampled".
         threshold: t in (0, 1], for the sampled backward.
         seed: an int, a NumPy generator, or None for fresh random numbers, for the sampled backward.
-        chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits.
+        chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits.
 
     Returns:
         The loss, float64 for float64 arrays and float32 for all others: a scalar, or for reduction "none" an array of shape
@@ -171,7 +171,7 @@ def linear_logit_stats(
         softcap: bound of the logits, positive; None for none.
         temperature: divides the logits, positive.
         logit_bias: (V,), added to the transformed logits.
-        chunk_tokens: tokens whose logits are made at a time; by default as many as have 128 MiB of logits.
+        chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits.
 
     Returns:
         A `LogitStats` as `logit_stats` returns it.
@@ -251,7 +251,7 @@ class _Projection:
         self._factors, self._kept = factors, kept
         self._hidden = factors.hidden if kept is None else factors.hidden[kept]
         self.tokens = len(self._hidden)
-        self._size = _chunks.chunk_size(chunk_tokens, self.tokens, factors.classes, factors.dtype.itemsize)
+        self._size = _chunks.chunk_size(chunk_tokens, self.tokens, factors.classes)
         self._room = _arrays.fresh_matrix((self._size, factors.classes), factors.dtype)
         if carry_back:
             self._grad_hidden = np.empty_like(self._hidden)

@@ -10,6 +10,7 @@ need no more memory than one of them.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -71,9 +72,10 @@ class Expectation:
         return ahead
 
     def learn(self, upstream: float) -> None:
-        """What a backward brought."""
+        """What a backward brought; 0 and what is not finite are no guide to the next."""
         self.steady = upstream == self.upstream
-        self.upstream = upstream
+        if upstream != 0.0 and math.isfinite(upstream):
+            self.upstream = upstream
 
 
 expectation = Expectation()

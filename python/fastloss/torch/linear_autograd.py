@@ -2,8 +2,11 @@
 """Autograd of linear cross-entropy and statistics: when gradients are made, and what is kept until then.
 
 A reduced loss makes its gradients in forward, from the logits that it has at hand, and keeps them for backward: three products
-in all. Losses of single tokens, and a second backward through the same graph, make the logits again. The sampled form keeps
-the sampled entries, which are few, and sums them up in backward. Second derivatives are those of the plain formula.
+in all. Backward scales them by the upstream gradient. Of 16 bits that would round twice, and bring nothing back of what float16
+was too small for: there the CPU makes them for the upstream gradient that `ahead` expects, and again where another one comes.
+
+Losses of single tokens, and a second backward through the same graph, make the logits again. The sampled form keeps the sampled
+entries, which are few, and sums them up in backward. Second derivatives are those of the plain formula.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch.autograd import Function
 
 from fastloss._options import NONE
 from fastloss.torch import linear_ops, ops, plain
+from fastloss.torch.ahead import expectation
 from fastloss.torch.autograd import statistics_coefficients
 from fastloss.torch.linear_ops import Head, grouped
 from fastloss.torch.projection import NOTHING, Wanted
@@ -28,6 +32,15 @@ _HIDDEN, _WEIGHT, _BIAS, _TARGET = 0, 1, 2, 4
 
 def _wanted(needs: Sequence[bool]) -> Wanted:
     return Wanted(needs[_HIDDEN], needs[_WEIGHT], needs[_BIAS])
+
+
+def _made_for(hidden: Tensor, reduction: int, eager: bool) -> float | None:
+    """The upstream gradient that forward makes gradients for, None: it makes none."""
+    if reduction == NONE:
+        return None
+    if eager and hidden.is_cpu and hidden.element_size() == 2:
+        return expectation.upstream if expectation.steady else None
+    return None if hidden.dtype == torch.float16 else 1.0
 
 
 def _save(ctx: Any, inputs: Sequence[Any], *tensors: Tensor) -> None:
@@ -57,8 +70,11 @@ class LinearCrossEntropy(Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """The loss; of a reduced one the gradients too."""
         head, task, reduction, denominator = grouped(arguments)
-        at_once = _wanted(ctx.needs_input_grad) if reduction != NONE else NOTHING
-        (loss, saved, ctx.scale), gradients = linear_ops.cross_entropy(head, task, reduction, denominator, at_once)
+        ctx.made_for = _made_for(head.hidden, reduction, eager=True)
+        at_once = NOTHING if ctx.made_for is None else _wanted(ctx.needs_input_grad)
+        (loss, saved, ctx.scale), gradients = linear_ops.cross_entropy(
+            head, task, reduction, denominator, at_once, ctx.made_for or 1.0
+        )
         ctx.gradients = gradients if any(at_once) else None
         _save(ctx, arguments, saved)
         return loss
@@ -79,10 +95,17 @@ class LinearCrossEntropy(Function):
         if needs[_TARGET]:
             by_target = linear_ops.soft_target_gradient(upstream, head, task, saved, ctx.scale)
         gradients, ctx.gradients = ctx.gradients, None  # who gets them may change them: they are given away once
+        as_expected = False
+        if upstream.ndim == 0 and head.hidden.is_cpu:
+            expectation.learn(upstream.item())
+            as_expected = upstream.item() == ctx.made_for
+        if gradients is not None and not as_expected:
+            if head.hidden.is_cpu and head.hidden.element_size() == 2:
+                gradients = None
+            else:
+                linear_ops.scale_gradients(gradients, upstream)
         if gradients is None and any(wanted):
             gradients = linear_ops.cross_entropy_backward(upstream.contiguous(), head, task, saved, ctx.scale, wanted)
-        elif gradients is not None:
-            linear_ops.scale_gradients(gradients, upstream)
         return tuple(_at_their_places(len(arguments), gradients or [None] * 3, wanted, by_target))
 
 
@@ -95,7 +118,7 @@ class LinearCrossEntropyUnderTransforms(Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         """The loss; of a reduced one the gradients too."""
         *rest, wanted = arguments
-        at_once = wanted if rest[_INPUTS] != NONE else NOTHING
+        at_once = NOTHING if _made_for(rest[_HIDDEN], rest[_INPUTS], eager=False) is None else wanted
         out: tuple[Tensor, ...] = torch.ops.fastloss.linear_cross_entropy(*rest, *at_once)
         return out
 
@@ -103,14 +126,14 @@ class LinearCrossEntropyUnderTransforms(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keeps the inputs, and the gradients of a reduced loss."""
         ctx.mark_non_differentiable(*output[1:])
-        ctx.reduced = inputs[_INPUTS] != NONE
+        ctx.made = _made_for(inputs[_HIDDEN], inputs[_INPUTS], eager=False) is not None
         _save(ctx, inputs[:_INPUTS], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         """Hands out the gradients, times the upstream gradient."""
         inputs, (saved, scale, *made) = _saved(ctx)
-        kind, tensors = ("made", (*made, saved)) if ctx.reduced else ("exact", (saved,))
+        kind, tensors = ("made", (*made, saved)) if ctx.made else ("exact", (saved,))
         grads = _differentiable(upstream, inputs, scale, kind, tensors, ctx.needs_input_grad)
         return *grads, None, None, None
 

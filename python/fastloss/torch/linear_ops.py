@@ -92,7 +92,13 @@ def _check_ids(head: Head, task: Task) -> None:
 
 
 def _forward(
-    head: Head, task: Task, reduction: int, denominator: float | None, wanted: Wanted, sampled: Sampler | None
+    head: Head,
+    task: Task,
+    reduction: int,
+    denominator: float | None,
+    wanted: Wanted,
+    upstream: float,
+    sampled: Sampler | None,
 ) -> tuple[Loss, list[Tensor]]:
     _check_ids(head, task)
     all_tokens = head.hidden.shape[0]
@@ -114,6 +120,7 @@ def _forward(
             None if sampled else divisor or float("inf"),  # nothing counted: no gradient
             keep=True,
             grad=logits if any(wanted) else None,
+            upstream=upstream,
             sampled=sample,
         )
         assert rows is not None
@@ -133,13 +140,16 @@ def _forward(
 
 
 def cross_entropy(
-    head: Head, task: Task, reduction: int, denominator: float | None, wanted: Wanted
+    head: Head, task: Task, reduction: int, denominator: float | None, wanted: Wanted, upstream: float = 1.0
 ) -> tuple[Loss, list[Tensor]]:
-    """The loss, and the wanted gradients by hidden states, weight and bias from the same logits."""
+    """The loss, and the wanted gradients of `upstream` times it by hidden states, weight and bias, from the same logits.
+
+    On a GPU `upstream` is 1.
+    """
     if _on_gpu(head.hidden):
         on_gpu: tuple[Loss, list[Tensor]] = _gpu().cross_entropy(head, task, reduction, denominator, wanted)
         return on_gpu
-    return _forward(head, task, reduction, denominator, wanted, None)
+    return _forward(head, task, reduction, denominator, wanted, upstream, None)
 
 
 def cross_entropy_backward(
@@ -177,7 +187,7 @@ def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:
     """Multiplies gradients that were made in forward by the upstream gradient, in place."""
     if _on_gpu(upstream):
         _gpu().scale_gradients(gradients, upstream)
-    elif upstream.item() != 1.0:
+    else:
         for grad in gradients:
             grad.mul_(upstream)
 
@@ -210,7 +220,7 @@ def cross_entropy_sampled(
         on_gpu: tuple[Loss, Entries] = _gpu().cross_entropy_sampled(head, task, reduction, denominator, threshold, seed)
         return on_gpu
     sampler = Sampler(int(seed), threshold, np.float64 if head.hidden.dtype == torch.float64 else np.float32)
-    loss, _ = _forward(head, task, reduction, denominator, NOTHING, sampler)
+    loss, _ = _forward(head, task, reduction, denominator, NOTHING, 1.0, sampler)
     return loss, [torch.from_numpy(part) for part in sampler.entries(head.hidden.shape[0])]
 
 

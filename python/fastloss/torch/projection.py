@@ -45,7 +45,7 @@ class Projection:
         self._kept = kept
         self._hidden = hidden.contiguous() if kept is None else hidden.index_select(0, kept)
         self._weight, self._bias, self._wanted = weight, bias, wanted
-        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], weight.element_size())
+        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0])
         self._room = fresh_matrix((self._size, weight.shape[0]), weight.dtype)
         self._grad_hidden = torch.empty_like(self._hidden) if wanted.hidden else None
         # Sums over chunks are those of the accumulation type, rounded at the end.
