@@ -21,7 +21,8 @@ struct Span {
   size_t capacity;
 };
 
-// Blocks in use and blocks kept never hold more together than the blocks in use once did: recycling makes no peak higher.
+// Blocks in use and blocks kept never hold more together than the blocks in use once did and an eighth: so recycling makes no
+// peak much higher, and a small block does not push out the large one that is wanted next.
 class Recycler {
  public:
   Span take(size_t bytes) {
@@ -38,7 +39,7 @@ class Recycler {
       kept_.erase(best);
       kept_bytes_ -= span.capacity;
     } else {
-      evict_until(peak_ > in_use_ + wanted ? peak_ - in_use_ - wanted : 0);
+      evict_until(limit() > in_use_ + wanted ? limit() - in_use_ - wanted : 0);
       span = {map(wanted), wanted};
     }
     in_use_ += span.capacity;
@@ -53,7 +54,7 @@ class Recycler {
     if (madvise(span.data, span.capacity, MADV_FREE) == 0) {
       kept_.push_back(span);
       kept_bytes_ += span.capacity;
-      evict_until(peak_ - in_use_);
+      evict_until(limit() - in_use_);
       return;
     }
 #endif
@@ -72,6 +73,8 @@ class Recycler {
   void unlock() { mutex_.unlock(); }
 
  private:
+  size_t limit() const { return peak_ + peak_ / 8; }
+
   static char* map(size_t bytes) {
     void* room = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (room == MAP_FAILED) throw std::bad_alloc();

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of large gradients: recycled once freed, never while in use, never more than was in use at one time."""
+"""Memory of large gradients: recycled once freed, never while in use, hardly more than was in use at one time."""
 
 import gc
 import multiprocessing
@@ -63,10 +63,10 @@ def test_results_are_the_same_in_recycled_memory(rng):
         assert_same_bits(fastloss.cross_entropy(logits, target, return_grad=True)[1], first)
 
 
-def test_kept_and_used_never_exceed_what_was_in_use_at_once():
+def test_kept_and_used_hardly_exceed_what_was_in_use_at_once():
     blocks = [_cpu.RecycledBlock(2 * HUGE_PAGE) for _ in range(3)]
     del blocks
-    larger = _cpu.RecycledBlock(5 * HUGE_PAGE)  # none of the three serves: 6 pages were in use at once, 1 may stay
+    larger = _cpu.RecycledBlock(5 * HUGE_PAGE)  # none of the three serves: 6 pages were in use at once: of 6.75, 1.75 may stay
     assert fastloss.release_memory() == 0
     del larger
     assert fastloss.release_memory() == 5 * HUGE_PAGE
@@ -75,9 +75,17 @@ def test_kept_and_used_never_exceed_what_was_in_use_at_once():
 def test_a_much_smaller_request_does_not_hold_a_large_block():
     large = _cpu.RecycledBlock(8 * HUGE_PAGE)
     del large
+    small = _cpu.RecycledBlock(2 * HUGE_PAGE)
+    del small
+    assert fastloss.release_memory() == 2 * HUGE_PAGE
+
+
+def test_an_eighth_more_does_not_push_out_a_large_block():
+    large = _cpu.RecycledBlock(8 * HUGE_PAGE)
+    del large
     small = _cpu.RecycledBlock(HUGE_PAGE)
     del small
-    assert fastloss.release_memory() == HUGE_PAGE
+    assert fastloss.release_memory() == 9 * HUGE_PAGE
 
 
 def test_release_returns_what_was_kept_and_leaves_gradients_alone(rng):
