@@ -250,14 +250,14 @@ class Run {
     const size_t k = s_.targets ? s_.targets.k : 0;
     std::vector<Kept<double>>& out = s_.sampled->rows[row];
     if (k == 0 && c.rest != c.rest) out.push_back({0, c.rest});  // no target that would carry the NaN of this row
-    const Sampling sampling{row_threshold(s_.sampled->threshold, c.a, s_.pass.transform.inv_temperature),
+    const double* g = w.g.data() + r * k;
+    const Sampling sampling{row_threshold(s_.sampled->threshold, c, k ? *g : 0.0, s_.pass.transform.inv_temperature),
                             random_key(s_.sampled->seed, s_.sampled->token[row])};
     const TargetIds id{static_cast<int>(k), w.ids.data() + r * k};
     const Tile logits = layout_.tile(0, row), soft = s_.soft ? layout_.tile(1, row) : Tile{};
     Kept<A> kept[kBlock];
     for (int64_t block = 0; block < blocks_; ++block) {
-      const int count =
-          kernels_.sample(s_.pass, logits, soft, block, c, id, w.g.data() + r * k, w.scanned, sampling, kept, scratch());
+      const int count = kernels_.sample(s_.pass, logits, soft, block, c, id, g, w.scanned, sampling, kept, scratch());
       for (int i = 0; i < count; ++i) out.push_back({kept[i].column, kept[i].value});
     }
   }

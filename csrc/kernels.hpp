@@ -117,6 +117,7 @@ struct GradientRow {
   double a = 0, b = 0, c = 0, d = 0, e = 0;
   bool zero = false;                  // an ignored row: zeros, whatever its logits hold
   const double* block_max = nullptr;  // of each block
+  double mass = 0;                    // of a cross-entropy: the sum of its label, for row_threshold
 };
 
 // Target ids of the rows of a tile: id[row * k + i].

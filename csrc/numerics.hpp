@@ -177,6 +177,7 @@ FASTLOSS_HD inline GradientRow cross_entropy_gradient(const CrossEntropyOptions&
   row.a = s.mass;
   if (o.z_loss != 0.0) row.a += 2.0 * row_weight * o.z_loss * (s.max + log1p_nonnegative<ScalarF64>(s.rest));
   row.a *= u;
+  row.mass = u * s.mass;
   row.d = -u * (o.label_smoothing / static_cast<double>(classes));
   if (soft) row.e = -u * (1.0 - o.label_smoothing);
   return row;

@@ -24,9 +24,13 @@ FASTLOSS_HD inline RandomKey random_key(uint64_t seed, int64_t row) {
   return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
 }
 
-// t of a row: relative to the factor of its probabilities.
-FASTLOSS_HD inline double row_threshold(double threshold, double factor, double inv_temperature) {
-  return threshold * __builtin_fabs(factor) * inv_temperature;
+// t of a row: relative to s = |a|, the factor of its probabilities. `target` is what its one-hot target takes from the
+// gradient, so that the label spreads mass - target over other entries: nothing, for a class id without smoothing. The absolute
+// values of all entries but the target's sum up to |a| + spread at most. A z-loss of negative log-sum-exp may leave less of a
+// than that: then s = (|a| + spread) / 2, so that on average no more than 2 / threshold entries are kept, whatever the loss.
+FASTLOSS_HD inline double row_threshold(double threshold, const GradientRow& c, double target, double inv_temperature) {
+  const double a = __builtin_fabs(c.a), spread = __builtin_fabs(c.mass - target);
+  return threshold * (a < spread ? (a + spread) / 2 : a) * inv_temperature;
 }
 
 // Bit i: whether an entry of this magnitude in `column` + i is kept.

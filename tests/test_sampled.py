@@ -117,6 +117,24 @@ def test_mean_and_variance_are_those_of_the_rule(name, threshold, rng):
     assert abs(kept.mean() - (np.minimum(np.abs(np.delete(exact, 5)) / least, 1).sum() + 1)) < 0.2
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_z_loss_that_takes_the_factor_of_the_probabilities_away_keeps_no_more_entries(label_smoothing, rng):
+    threshold, rows, classes = 1 / 16, 20, 4000
+    options = Options(label_smoothing=label_smoothing, z_loss=0.015)
+    logits = (rng.standard_normal((rows, classes)) - 40).astype(np.float32)
+    target = rng.integers(classes, size=rows)
+    found, kept = sampled_entries(logits, target, options, threshold, seed=3)
+    limit = (1 if label_smoothing == 0 else 2) / threshold + 1
+    assert kept.mean() <= limit + 5 * np.sqrt(limit / rows)
+    # s: the factor, or the mean of it and of what smoothing adds to the other entries.
+    factor = np.abs(row_factor(logits, target, options))
+    least = threshold * np.maximum(factor, (factor + label_smoothing) / 2)
+    found[np.arange(rows), target] = 0
+    for row in range(rows):
+        assert np.abs(found[row][found[row] != 0]).min() >= least[row] * (1 - 1e-5)
+        assert np.isclose(np.abs(found[row]), least[row], rtol=1e-5).any()
+
+
 def test_entries_are_kept_independently(rng):
     tokens = 40000
     logits = np.zeros((tokens, 64), np.float32)

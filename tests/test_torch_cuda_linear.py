@@ -301,10 +301,22 @@ def test_statistics_of_chunks_and_their_gradients(k, linear, monkeypatch):
 # ---- the sampled backward ----
 
 
-def test_sample_is_that_of_the_cpu(linear, monkeypatch):
+@pytest.mark.parametrize("kind", ["ids", "soft"])
+@pytest.mark.parametrize(
+    ("offset", "options"),
+    [
+        (0, {"label_smoothing": 0.1}),
+        # A z-loss of negative logits that takes nearly all of the factor of the probabilities away.
+        (-40, {"z_loss": 0.0145}),
+        (-40, {"z_loss": 0.0145, "label_smoothing": 0.1}),
+    ],
+)
+def test_sample_is_that_of_the_cpu(kind, offset, options, linear, monkeypatch):
     """The same random numbers and the same rule: entries differ only where float64 rounds otherwise."""
-    made, target = factors(), ids()
-    options = {"linear_bias": made[2], "backward": "sampled", "seed": 11, "threshold": 1 / 16, "label_smoothing": 0.1}
+    made = factors()
+    target = ids() if kind == "ids" else seeded_probabilities(TOKENS, CLASSES)
+    made[2] = (made[2].detach() + offset).requires_grad_()
+    options = {"linear_bias": made[2], "backward": "sampled", "seed": 11, "threshold": 1 / 16, **options}
     ours = torch.autograd.grad(fl.linear_cross_entropy(*made[:2], target, chunk_tokens=4, **options), made)
     monkeypatch.undo()
     cpu = torch.autograd.grad(fl.linear_cross_entropy(*made[:2], target, **options), made)

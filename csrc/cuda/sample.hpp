@@ -90,20 +90,13 @@ struct Keeper {
   }
 };
 
-// A factor that bounds the entries of a row to 2 / threshold on average, whatever the loss: the absolute gradients sum up to no
-// more than |a| + mass, which only a z-loss of negative log-sum-exp makes more than 2 |a|.
-__device__ inline double sampling_factor(const GradientRow& c, double mass) {
-  const double a = c.a < 0 ? -c.a : c.a;
-  return a < mass ? (a + mass) / 2 : a;
-}
-
 template <class T, bool kFull>
 FASTLOSS_KERNEL(kThreads, (kFull ? 1 : 2))
 sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT Sample sample) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
   FASTLOSS_SHARED GradientRow coefficients;
-  FASTLOSS_SHARED A target_value;
+  FASTLOSS_SHARED A target_value, threshold;
   FASTLOSS_SHARED int kept_of_warp[2][kBlockWarps];
   const Place at = place(p);
   const Label label = label_of<A>(p, loss, at.row);
@@ -113,14 +106,15 @@ sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS
     double g = 0.0;
     coefficients = coefficients_of<A>(p, loss, {}, loss.saved, at.row, g);
     target_value = with_target ? target_gradient<T, V>(p, coefficients, at.row, {nullptr, g}, 0) : A(0);
+    const double target = p.ids.data ? g : 0.0;
+    threshold = static_cast<A>(row_threshold(sample.threshold, coefficients, target, p.transform.inv_temperature));
   }
   __syncthreads();
   const GradientRow c = coefficients;
   const int64_t token = sample.token[at.row];
   int32_t* columns = sample.columns + token * sample.slots;
   A* values = static_cast<A*>(sample.values) + token * sample.slots;
-  const double factor = sampling_factor(c, loss.saved[3 * at.row + 2]);
-  const Keeper<V> keeper{static_cast<A>(row_threshold(sample.threshold, factor, p.transform.inv_temperature)),
+  const Keeper<V> keeper{threshold,
                          random_key(static_cast<uint64_t>(*sample.seed), token),
                          with_target ? label.id : -1,
                          target_value,

@@ -48,7 +48,8 @@ def linear_cross_entropy(
     u uniform in (0, 1], t the threshold and s the factor of the token's probabilities (1 for a plain cross-entropy), c_j is
     kept if ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's entry always, as it is. The
     expectation of an entry is c_j and its variance at most ``t * s * abs(c_j)``; about 1/t entries of a token are kept, and
-    the two products of the backward become short sums. The loss stays exact.
+    the two products of the backward become short sums. Where a z-loss leaves s smaller than what label smoothing or
+    probabilities add to the entries besides the target's, s is the mean of both. The loss stays exact.
 
     Args:
         hidden: (..., H), hidden states; float32, float64, float16 or bfloat16 (of ml_dtypes).

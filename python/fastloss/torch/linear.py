@@ -73,7 +73,8 @@ def linear_cross_entropy(
     (0, 1], t the threshold and s the factor of the token's probabilities (1 for a plain cross-entropy), an entry is kept if
     ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's entry is always kept as it is. The
     expectation of every entry is exactly c_j, its variance at most ``t * s * abs(c_j)``: t times the variance that the label
-    itself has. On average at most ``1 / t`` entries and the target's are kept (a little more with label smoothing), whatever
+    itself has. On average at most ``1 / t`` entries and the target's are kept (with label smoothing or probabilities up to
+    ``2 / t``: where a z-loss leaves s smaller than what those add to the other entries, s is the mean of both), whatever
     the number of classes, so that the two products of backward become short sums. The loss is exact. Random numbers are a
     hash of seed, token and class: for the same logits neither threads, chunks nor instruction set change a bit.
 
