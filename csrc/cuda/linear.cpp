@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "linear.hpp"
 
+#include <limits>
 #include <stdexcept>
 
 #include "plan.hpp"
@@ -68,7 +69,7 @@ void scale(const Dense& numbers, Dtype dtype, const Upstream& upstream, const De
   p.logits.data = numbers.data;
   p.logits.dtype = dtype;
   p.extents[0] = 1;
-  plan(p, device.multiprocessors(), true);
+  plan(p, device.multiprocessors(), true, std::numeric_limits<int>::max());  // nothing is merged: as many as fill the GPU
   p.warps_per_row = kThreads / 32;
   table(dtype).scale(p, {upstream.data, upstream.dtype, 0}, device.stream());
 }

@@ -14,9 +14,8 @@ constexpr int kWarp = 32;
 constexpr int64_t kVector = 16;                      // bytes of a load
 constexpr int64_t kWarpBytes = 4 * kWarp * kVector;  // what a warp loads at a time
 constexpr int64_t kPartBytes = 16 * kWarpBytes;      // a row is split into no less
-constexpr int kMostParts = 64;
-constexpr int kBlocksOfMultiprocessor = 2;  // fewer blocks than these: split the rows
-constexpr int64_t kStridedClasses = 8;      // a thread's, at a time
+constexpr int kBlocksOfMultiprocessor = 2;           // fewer blocks than these: split the rows
+constexpr int64_t kStridedClasses = 8;               // a thread's, at a time
 
 // The largest power of two that is at most `value`, between 1 and `most`.
 int power_of_two(int64_t value, int most) {
@@ -71,7 +70,7 @@ Problem problem(const Tensor& logits, const Tensor& soft, const Tensor& grad, co
   return p;
 }
 
-void plan(Problem& p, int multiprocessors, bool may_split) {
+void plan(Problem& p, int multiprocessors, bool may_split, int64_t may_have_parts) {
   const int64_t bytes = p.classes * itemsize_of(p.logits.dtype);
   int64_t blocks, most_parts;
   if (p.adjacent) {
@@ -87,7 +86,8 @@ void plan(Problem& p, int multiprocessors, bool may_split) {
   }
   const int64_t wanted = kBlocksOfMultiprocessor * multiprocessors;
   if (may_split && blocks < wanted) {
-    p.parts = static_cast<int>(std::clamp<int64_t>(std::min(wanted / std::max<int64_t>(blocks, 1), most_parts), 1, kMostParts));
+    const int64_t parts = std::min(wanted / std::max<int64_t>(blocks, 1), most_parts);
+    p.parts = static_cast<int>(std::clamp<int64_t>(parts, 1, may_have_parts));
   }
 }
 

@@ -15,8 +15,10 @@ bool adjacent(const Tensor& tensor);
 Problem problem(const Tensor& logits, const Tensor& soft, const Tensor& grad, const Targets& targets,
                 const Transform& transform);
 
+constexpr int64_t kMostParts = 64;  // of a row whose parts are merged
+
 // Shares rows among warps, and among blocks where there are too few rows to fill the GPU.
-void plan(Problem& p, int multiprocessors, bool may_split);
+void plan(Problem& p, int multiprocessors, bool may_split, int64_t may_have_parts = kMostParts);
 
 Problem loss_problem(const CrossEntropyCall& call, const Tensor& grad);
 Loss loss_of(const CrossEntropyCall& call);
