@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,27 +67,37 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=55, help="no new case is begun after so long")
     parser.add_argument("--linear-seconds", type=float, default=40, help="the same for linear cross-entropy")
     arguments = parser.parse_args()
+    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    path = RESULTS / f"cuda-{gpu}.json"
+    results: dict[str, Any] = {"machine": machine(), "rows": [], "linear": []}
+    for found in run(CASES[: arguments.cases], arguments.seconds):
+        write(results, "rows", found, path)
+    for found in gpu_linear.run(gpu_linear.CASES[: arguments.cases], arguments.linear_seconds):
+        write(results, "linear", found, path)
+    plot(results["rows"], "percent_of_copy", "% of the bandwidth of a copy in the same run", path.with_suffix(".png"))
+    plot(results["linear"], "ms", "milliseconds: loss and both gradients", path.with_name(f"{path.stem}-linear.png"))
+
+
+def write(results: dict[str, Any], section: str, found: list[dict[str, Any]], path: Path) -> None:
+    """Adds the rows of a case and writes all, since `make gpu` ends a run that takes too long."""
+    results[section] += found
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def run(cases: tuple[Case, ...], seconds: float) -> Iterator[list[dict[str, Any]]]:
+    """Prints a table a case, and yields its rows."""
     start = time.monotonic()
-    rows: list[dict[str, Any]] = []
-    for case in CASES[: arguments.cases]:
-        if time.monotonic() - start > arguments.seconds:
-            print(f"{case.name}: left out, {arguments.seconds:.0f} s are over")
+    for case in cases:
+        if time.monotonic() - start > seconds:
+            print(f"{case.name}: left out, {seconds:.0f} s are over")
             continue
         if 5 * case.nbytes > torch.cuda.mem_get_info()[0]:
             print(f"{case.name}: left out, too little memory")
             continue
         found = measure(case)
         print_table(case, found)
-        rows += found
-    linear = gpu_linear.run(gpu_linear.CASES[: arguments.cases], arguments.linear_seconds)
-    if not rows and not linear:
-        return
-    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    path = RESULTS / f"cuda-{gpu}.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": rows, "linear": linear}, indent=1) + "\n")
-    print(f"wrote {path}")
-    plot(rows, "percent_of_copy", "% of the bandwidth of a copy in the same run", path.with_suffix(".png"))
-    plot(linear, "ms", "milliseconds: loss and both gradients", path.with_name(f"{path.stem}-linear.png"))
+        yield found
 
 
 def machine() -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,10 +64,9 @@ class Truth(NamedTuple):
     by_weight: Tensor
 
 
-def run(cases: tuple[LinearCase, ...], seconds: float) -> list[dict[str, Any]]:
-    """Prints a table a case, and returns its rows."""
+def run(cases: tuple[LinearCase, ...], seconds: float) -> Iterator[list[dict[str, Any]]]:
+    """Prints a table a case, and yields its rows."""
     start = time.monotonic()
-    rows: list[dict[str, Any]] = []
     for case in cases:
         if time.monotonic() - start > seconds:
             print(f"{case.name}: left out, {seconds:.0f} s are over")
@@ -77,9 +77,8 @@ def run(cases: tuple[LinearCase, ...], seconds: float) -> list[dict[str, Any]]:
             continue
         found = measure(case)
         print_table(case, found)
-        rows += found
         torch.cuda.empty_cache()
-    return rows
+        yield found
 
 
 def measure(case: LinearCase) -> list[dict[str, Any]]:
