@@ -57,11 +57,11 @@ def slots_of_token(threshold: float, classes: int, plain: bool) -> int:
     """Places for the entries of a token where they must be set apart in advance.
 
     On average at most 1 / threshold entries are kept and the target's; 2 / threshold, unless the loss is that of class ids
-    without label smoothing (`plain`). Entries are kept independently: that more of them are kept than there are places has a
-    probability below 1e-20.
+    without label smoothing (`plain`). Entries are kept independently, so that the bound of Chernoff holds: with m of them on
+    average, more than m + 10 sqrt(m) + 64 have a probability below 2e-22, whatever m.
     """
     mean = (1 if plain else 2) / threshold
-    return min(classes, math.ceil(mean + 9 * math.sqrt(mean)) + 64)
+    return min(classes, math.ceil(mean + 10 * math.sqrt(mean)) + 64)
 
 
 class Sampler:
