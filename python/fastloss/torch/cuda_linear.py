@@ -18,6 +18,8 @@ from fastloss.torch.linear_ops import Entries, Head, Loss, Task, of_classes
 from fastloss.torch.ops import CODES, accumulation_dtype
 from fastloss.torch.projection import NOTHING, Wanted
 
+MOST_ENTRIES = 2**31 - 1  # that sampling sets places apart for
+
 # A loss as the kernels take it: logits, ids, probabilities, class weights, transform, ignored id, smoothing, z-loss.
 _Call: TypeAlias = "tuple[_cpu.Tensor, _cpu.Targets | None, _cpu.Tensor | None, int, _cpu.Transform, int, float, float]"
 
@@ -82,7 +84,8 @@ def _forward(
         if sampler is not None:
             sampler.sample(call, rows, numbers[chunk], where)
 
-    reduce(None)  # the gradients ask for the denominator before the losses are there
+    if any(wanted) or reduction == NONE:
+        reduce(None)  # gradients ask for the denominator before the losses are there
     for_each_chunk(projection, kernel, carry_back=any(wanted))
     if reduction != NONE:
         reduce(losses)
@@ -136,8 +139,13 @@ class _Sampler:
         hidden, tokens, classes = head.hidden, head.hidden.shape[0], head.weight.shape[0]
         plain = task.target.dtype not in CODES and task.options.label_smoothing == 0.0
         self._slots = slots_of_token(threshold, classes, plain)
+        if tokens * self._slots > MOST_ENTRIES:
+            raise ValueError(
+                f"input has {tokens} tokens with places for {self._slots} entries each, more than the {MOST_ENTRIES} in all"
+                " that PyTorch sorts on a GPU: pass fewer tokens at a time or a larger threshold"
+            )
         self._threshold = threshold
-        self._seed = seed if seed.device == hidden.device else torch.full_like(seed, int(seed), device=hidden.device)
+        self._seed = seed
         self.count = hidden.new_zeros(tokens, dtype=torch.int64)
         # Places that stay empty come behind all classes.
         self.columns = hidden.new_full((tokens, self._slots), classes, dtype=torch.int32)
