@@ -4,6 +4,8 @@
 Tensors stay on the CPU, which makes the products; `fastloss._cuda` is the emulated module of tests/cuda_emulation.
 """
 
+import contextlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -190,36 +192,56 @@ def test_leaving_out_chunks_without_counted_tokens_changes_no_bit(backward, proj
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+def test_default_chunks_are_made_for_the_tokens_that_count(projection, monkeypatch):
+    made, target = factors(bias=False), ids(every=2)
+    made_chunks = []
+    logits = projection.Projection.logits
+    monkeypatch.setattr(
+        projection.Projection, "logits", lambda self, tokens: made_chunks.append(tokens) or logits(self, tokens)
+    )
+    monkeypatch.setattr(projection.Order, "counted", lambda self: int((target != -100).sum()))
+    loss = fl.linear_cross_entropy(*made, target)
+    gradients = torch.autograd.grad(loss, made)
+    assert [chunk.stop for chunk in made_chunks] == [TOKENS // 2]
+    monkeypatch.undo()
+    exact, expected_gradients = expected(made, target)
+    torch.testing.assert_close(loss, exact, rtol=1e-6, atol=0)
+    for ours, gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_more_entries_than_can_be_sorted_are_refused_before_any_work(linear, monkeypatch):
+    made, target = factors(bias=False), ids()
+    monkeypatch.setattr(linear, "MOST_ENTRIES", 21 * 301 - 1)
+    monkeypatch.setattr(linear, "_forward", None)
+    with pytest.raises(ValueError, match=r"input has 21 tokens with places for 301 entries each, more than the 6320"):
+        fl.linear_cross_entropy(*made, target, backward="sampled", threshold=1e-9)
+
+
 def test_host_asks_how_many_tokens_count_only_after_a_call_that_ignored_some(projection, monkeypatch):
     monkeypatch.undo()  # the functions that decide, over a count that needs no GPU
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(projection, "_last", {})
-    monkeypatch.setattr(projection, "_ignoring", {})
+
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
 
     class Count:
-        arrived = True
-
         def __init__(self, counts):
             self.all = bool(counts.all())
-
-        def has_arrived(self):
-            return Count.arrived
 
         def is_all(self):
             return self.all
 
     monkeypatch.setattr(projection, "Count", Count)
     everything, some = torch.ones(4, dtype=torch.bool), torch.tensor([True, False])
-    asked = [
-        projection._count_worth_waiting_for(counts) is not None for counts in (everything, some, some, everything, everything)
-    ]
-    assert asked == [False, False, True, True, False]
-    projection._count_worth_waiting_for(some)
-    Count.arrived = False
-    assert projection._count_worth_waiting_for(some) is None  # nothing is waited for to learn it
+
+    def asks(counts):
+        return projection._count_worth_waiting_for(counts) is not None
+
+    assert [asks(counts) for counts in (everything, some, some, everything, everything)] == [False, False, True, True, False]
+    asks(some)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    Count.arrived = True
-    assert projection._count_worth_waiting_for(some) is None
+    assert not asks(some)
 
 
 def test_id_out_of_range_is_nan_and_raises_when_debugging(linear, monkeypatch):
@@ -401,7 +423,17 @@ def test_weight_sum_is_float32_over_several_chunks_and_rounded_once(projection):
     assert by_weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("tokens", "classes", "size"), [(4096, 128256, 4096), (8192, 256000, 2048), (100, 50, 100), (0, 9, 1)])
-def test_chunks_are_even_and_of_whole_tiles(tokens, classes, size, projection):
-    assert projection.chunk_size(None, tokens, 2 * classes) == size
-    assert projection.chunk_size(7, tokens, 2 * classes) == min(7, max(1, tokens))
+@pytest.mark.parametrize(
+    ("tokens", "classes", "features", "size"),
+    [
+        (4096, 128256, 4096, 4096),  # no more logits than a float32 sum of several chunks would take
+        (8192, 256000, 2304, 2048),  # as many as the weight has numbers
+        (8192, 256000, 0, 1024),  # 512 MiB where no gradient is rounded
+        (100, 50, 0, 100),
+        (0, 9, 3, 1),
+    ],
+)
+def test_chunks_are_even_and_of_whole_tiles(tokens, classes, features, size, projection):
+    token_bytes, rounded_bytes = 2 * classes, 2 * classes * features
+    assert projection.chunk_size(None, tokens, token_bytes, rounded_bytes) == size
+    assert projection.chunk_size(7, tokens, token_bytes, rounded_bytes) == min(7, max(1, tokens))

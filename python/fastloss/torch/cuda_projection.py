@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix products of linear cross-entropy on a GPU: a chunk of tokens at a time, those that count first.
 
-How many tokens count is known to the GPU alone. So the tokens that count are put first, in their order, and the rest takes part
-with gradients of zero: the same bits wherever the work ends, and it may end after any chunk behind which no token counts. Where
-the last call ignored tokens, this one asks for its number, but only after its first chunk is on the way, which keeps the GPU
-busy meanwhile; else the host never waits. A call of one chunk has nothing to leave out, and under graph capture nothing is
-asked.
+How many tokens count is known to the GPU alone. So the tokens that count are put first, in their order; the rest takes part
+with hidden states and gradients of zero, which weights of inf or NaN turn into NaN. A call leaves the rest out where the
+call before ignored tokens. Then the host waits for two numbers, neither of which costs the GPU more than the start of a
+product: that of the call before, with all that has been queued since behind it, and its own, which is on its way while the
+tokens are put in order. Where every token counts, the first is all that is waited for, and under graph capture nothing. So
+results depend on the calls so far, never on how far the GPU has come. With a given size of chunks, only whole ones are left
+out, and as long as weights are finite, results do not depend on other calls either.
 """
 
 from __future__ import annotations
@@ -19,13 +21,21 @@ from fastloss._chunks import check_chunk_tokens, slices
 from fastloss.torch.ops import CPU, accumulation_dtype
 from fastloss.torch.projection import NOTHING, Wanted
 
-CHUNK_BYTES = 1 << 30  # of logits: each chunk reads and writes the float32 sum by the weights once more
+# Of the logits of a chunk, reckoned rather than measured. With W the bytes of a 16-bit gradient by the weights: several
+# chunks add it up in float32, 2 W, which each of them reads and writes once more, and in the end W lies beside that, when
+# the logits are gone. So logits of up to W take nothing from the peak of memory, and save traffic; and a single chunk,
+# which needs no such sum, takes no more than several up to logits of 2 W. Elsewhere logits add to the peak, and a chunk
+# needs only as many tokens as keep a product busy: 2093 in bfloat16 with 128256 classes.
+CHUNK_BYTES = 1 << 29
 _TILE = 128  # tokens: what a product takes at a time
 _LINE = 128  # bytes: where rows of logits begin
 _BLOCK_BYTES = 1 << 28  # of a product in float32 where cuBLAS cannot add to the sum itself
 
-# Sums of 16-bit factors in float32, added to a float32 matrix: from this PyTorch on.
-_HAS_WIDE_SUMS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 10)  # type: ignore[operator]
+# Numbers of a product that cuBLAS has no reason to split: more than the multiprocessors take at a time, 256 x 128 each.
+_UNSPLIT = 1 << 24
+
+# Products of 16-bit factors in float32, added to a float32 matrix: from this PyTorch on.
+_HAS_WIDE_SUMS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)  # type: ignore[operator]
 
 
 # ---- which tokens count ----------------------------------------------------------------------------------------------
@@ -41,10 +51,6 @@ class Count:
         self._number.copy_(counts.sum(), non_blocking=True)
         self._event = torch.cuda.current_stream(counts.device).record_event()
 
-    def has_arrived(self) -> bool:
-        """Whether it is there without waiting."""
-        return bool(self._event.query())
-
     def wait(self) -> int:
         """The number."""
         self._event.synchronize()
@@ -56,22 +62,17 @@ class Count:
 
 
 _last: dict[torch.device, Count] = {}
-_ignoring: dict[torch.device, bool] = {}
 
 
 def _count_worth_waiting_for(counts: Tensor) -> Count | None:
-    """The number of this call where the last one known ignored tokens."""
+    """The number of this call where the one before ignored tokens."""
     device = counts.device
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    last = _last.get(device)
-    arrived = last is None or last.has_arrived()
-    if last is not None and arrived:
-        _ignoring[device] = not last.is_all()
-    count = Count(counts)
-    if arrived:
-        _last[device] = count
-    return count if _ignoring.get(device) else None
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return None
+    last, count = _last.get(device), Count(counts)
+    _last[device] = count
+    return None if last is None or last.is_all() else count
 
 
 class Order:
@@ -79,10 +80,10 @@ class Order:
 
     def __init__(self, counts: Tensor) -> None:
         """Takes a bool for each token."""
+        self._count = _count_worth_waiting_for(counts)  # the GPU has the rest to do while its number is on its way
         ignored = ~counts
         self.tokens = ignored.to(torch.uint8).argsort(stable=True)
         self._ignored = self.apply(ignored)
-        self._count = _count_worth_waiting_for(counts)
 
     def apply(self, rows: Tensor) -> Tensor:
         """Rows in this order."""
@@ -96,9 +97,9 @@ class Order:
         """Rows at the places of their tokens again."""
         return torch.empty_like(rows).index_copy_(0, self.tokens, rows)
 
-    def ends_before(self, token: int) -> bool:
-        """Whether no token counts from this one on, as far as anybody asks."""
-        return self._count is not None and self._count.wait() <= token
+    def counted(self) -> int:
+        """The first so many tokens hold all that count, as far as anybody asks."""
+        return len(self.tokens) if self._count is None else self._count.wait()
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -121,23 +122,27 @@ class Projection:
         self._hidden = hidden.contiguous() if order is None else order.apply_to_hidden(hidden)
         self._weight, self._bias = weight, bias
         self._tokens, classes = hidden.shape[0], weight.shape[0]
-        self._size = chunk_size(chunk_tokens, self._tokens, classes * weight.element_size())
+        sums = accumulation_dtype(weight.dtype)
+        counted = self._tokens if order is None else order.counted()
+        rounded_bytes = weight.nbytes if wanted.weight and sums != weight.dtype else 0
+        self._size = chunk_size(chunk_tokens, counted, classes * weight.element_size(), rounded_bytes)
+        # Whole chunks: a product of fewer tokens may have other bits.
+        self._end = min(self._tokens, -(-counted // self._size) * self._size)
         line = _LINE // weight.element_size()
         self._room = weight.new_empty((self._size, -(-classes // line) * line))[:, :classes]
         self._grad_hidden = torch.empty_like(self._hidden) if wanted.hidden else None
-        # Several chunks add up in the accumulation type; one is rounded once by its product.
-        sums = weight.dtype if self._tokens <= self._size else accumulation_dtype(weight.dtype)
-        self._sum_weight = weight.new_empty(weight.shape, dtype=sums) if wanted.weight else None
-        self._sum_bias = weight.new_zeros(classes, dtype=accumulation_dtype(weight.dtype)) if wanted.bias else None
+        if self._grad_hidden is not None:
+            self._grad_hidden[self._end :].zero_()
+        # Several chunks add up in the accumulation type. One is rounded by its product, unless that is so small that cuBLAS may
+        # split it into sums of 16 bits.
+        at_once = self._size >= (self._end if chunk_tokens is None else self._tokens)
+        of_weight = weight.dtype if at_once and weight.numel() > _UNSPLIT else sums
+        self._sum_weight = weight.new_empty(weight.shape, dtype=of_weight) if wanted.weight else None
+        self._sum_bias = weight.new_zeros(classes, dtype=sums) if wanted.bias else None
 
     def chunks(self) -> Iterator[slice]:
         """The tokens of each chunk, as long as some of them count."""
-        for tokens in slices(self._tokens, self._size):
-            if tokens.start > 0 and self._order is not None and self._order.ends_before(tokens.start):
-                if self._grad_hidden is not None:
-                    self._grad_hidden[tokens.start :].zero_()
-                return
-            yield tokens
+        return slices(self._end, self._size)
 
     def logits(self, tokens: slice) -> Tensor:
         """The logits of a chunk, in memory that the next chunk overwrites."""
@@ -158,22 +163,27 @@ class Projection:
             self._sum_bias += grad.sum(0, dtype=self._sum_bias.dtype)
 
     def gradients(self) -> list[Tensor]:
-        """The gradients by hidden states, weight and bias; empty where they are not wanted."""
+        """The gradients by hidden states, weight and bias; empty where they are not wanted. Called once, at the end."""
+        del self._room  # whose memory the rounding may have
         by_hidden, by_weight, by_bias = (self._weight.new_empty(0) for _ in range(3))
         if self._grad_hidden is not None:
             by_hidden = self._grad_hidden if self._order is None else self._order.undo(self._grad_hidden)
         if self._sum_weight is not None:
-            by_weight = (self._sum_weight if self._tokens else self._sum_weight.zero_()).to(self._weight.dtype)
+            by_weight = (self._sum_weight if self._end else self._sum_weight.zero_()).to(self._weight.dtype)
         if self._sum_bias is not None:
             by_bias = self._sum_bias.to(self._weight.dtype)
         return [by_hidden, by_weight, by_bias]
 
 
-def chunk_size(wanted: int | None, tokens: int, token_bytes: int) -> int:
-    """Tokens of a chunk: the wanted number, or even chunks of CHUNK_BYTES of logits at most, in whole tiles of a product."""
+def chunk_size(wanted: int | None, tokens: int, token_bytes: int, rounded_bytes: int) -> int:
+    """Tokens of a chunk: the wanted number, or even chunks in whole tiles of a product.
+
+    Of so many bytes a token; `rounded_bytes` has a 16-bit gradient by the weights, if one is made.
+    """
     if wanted is not None:
         return min(max(1, tokens), check_chunk_tokens(wanted))
-    chunks = -(-tokens * token_bytes // CHUNK_BYTES)
+    logits_bytes = tokens * token_bytes
+    chunks = 1 if logits_bytes <= 2 * rounded_bytes else -(-logits_bytes // max(CHUNK_BYTES, rounded_bytes))
     even = -(-tokens // max(1, chunks))
     return max(1, min(tokens, -(-even // _TILE) * _TILE))
 

@@ -103,7 +103,8 @@ def linear_cross_entropy(
             `torch.optim.SparseAdam` and `torch.optim.SGD` take them. Each row has the bits of the dense gradient, which is not
             made. Not under `torch.compile` or `torch.func`, nor for second derivatives. On a GPU, backward waits for the number
             of such classes.
-        chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits, on a GPU 1 GiB.
+        chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits, on a GPU 512 MiB or what
+            takes no more memory in all.
 
     Returns:
         The loss: float64 for float64 inputs and else float32; a scalar, or one number a token for ``"none"``.
@@ -221,7 +222,8 @@ def linear_logit_stats(
         softcap: bound of the logits.
         temperature: divides the logits first.
         logit_bias: one number a class, added to the transformed logits; a constant.
-        chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits, on a GPU 1 GiB.
+        chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits, on a GPU 512 MiB or what
+            takes no more memory in all.
 
     Returns:
         A :class:`fastloss.LogitStats` with the wanted fields set, of shape ``(...)``; ``logprob`` and ``rank`` of the shape of
