@@ -423,6 +423,17 @@ def test_weight_sum_is_float32_over_several_chunks_and_rounded_once(projection):
     assert by_weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("unsplit", "sums"), [(0, torch.bfloat16), (1 << 24, torch.float32)], ids=["large", "small"])
+def test_one_large_product_is_rounded_at_once_and_a_small_one_summed_in_float32(unsplit, sums, projection, monkeypatch):
+    monkeypatch.setattr(projection, "_UNSPLIT", unsplit)
+    made, target = factors(torch.bfloat16, bias=False), ids()
+    head = linear_ops.Head(*(factor.detach() for factor in made), None, None)
+    assert projection.Projection(*head, NOTHING._replace(weight=True))._sum_weight.dtype == sums
+    _, gradients = expected(made, target)
+    for ours, gradient in zip(torch.autograd.grad(fl.linear_cross_entropy(*made, target), made), gradients, strict=True):
+        assert_near(ours, gradient, TOLERANCE["bfloat16"])
+
+
 @pytest.mark.parametrize(
     ("tokens", "classes", "features", "size"),
     [
