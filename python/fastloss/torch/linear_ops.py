@@ -60,7 +60,7 @@ class Task(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A linear cross-entropy: the loss, (max, rest, mass) of each token, and the factor of the gradient; on a GPU a tensor."""
+    """A linear cross-entropy: the loss, what backward needs of each token, the factor of the gradient (on a GPU a tensor)."""
 
     loss: Tensor
     saved: Tensor
