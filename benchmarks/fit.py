@@ -37,9 +37,15 @@ def fit_line(points: Sequence[Point]) -> Line | None:
 
 def last_step(points: Sequence[Point]) -> float | None:
     """By how much more the time grows than the size, from the largest size but one to the largest: 1 is linear."""
+    return overall(sorted(points)[-2:])
+
+
+def overall(points: Sequence[Point]) -> float | None:
+    """The same from the smallest size to the largest: less than 1 where a call has a cost of its own."""
     if len(points) < 2:
         return None
-    (size, time), (largest, longest) = sorted(points)[-2:]
+    size, time = min(points)
+    largest, longest = max(points)
     return (longest / time) / (largest / size)
 
 

@@ -21,9 +21,8 @@ std::vector<Entry> entries() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // no CPU has AVX2 without F16C
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #else
-  const bool avx2 = false, avx512 = false, avx512bf16 = false;
+  const bool avx2 = false, avx512 = false;
 #endif
 #if defined(FASTLOSS_HAVE_AVX2)
   const Kernels* avx2_kernels = &kernels_avx2;
@@ -37,8 +36,10 @@ std::vector<Entry> entries() {
 #endif
 #if defined(FASTLOSS_HAVE_AVX512BF16)
   const Kernels* avx512bf16_kernels = &kernels_avx512bf16;
+  const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   const Kernels* avx512bf16_kernels = nullptr;
+  const bool avx512bf16 = false;
 #endif
 #if defined(FASTLOSS_HAVE_NEON)
   const Kernels* neon_kernels = &kernels_neon;

@@ -182,11 +182,13 @@ class Run {
   // themselves, if those will be overwritten anyway.
   void keep_powers(TileWork& w) const {
     const bool plain = !s_.soft && !s_.pass.weight && s_.pass.transform.softcap == 0.0;
+    const bool kept = !(s_.pass.want & (kWantEntropy | kWantSumSq));  // else the scan has other sums to make
     const bool one_row = tiling_.rows_per_tile() == 1;
     const size_t itemsize = s_.logits.dtype == kF64 ? sizeof(double) : sizeof(float);
     const int64_t elements = (w.rows == 1 ? 1 : row_room(w)) * (s_.pass.classes + kLanes);
-    if (!s_.on_rows || !s_.coefficients || !plain || split_ || (s_.sampled && !one_row)) return;
-    if (one_row && s_.grad.data == s_.logits.data && itemsize_of(s_.grad.dtype) >= 4 && adjacent(s_.grad)) {
+    if (!s_.on_rows || !s_.coefficients || !plain || !kept || split_ || (s_.sampled && !one_row)) return;
+    if (one_row && s_.grad.data == s_.logits.data && itemsize_of(s_.grad.dtype) == static_cast<int64_t>(itemsize) &&
+        adjacent(s_.grad)) {
       w.scanned.powers = w.grad.data;
       w.scanned.last_powers = powers_room(kBlock * itemsize);
     } else if (elements <= kKeptElements) {

@@ -56,8 +56,9 @@ struct Outcome {
   std::vector<RowStats> stats;
   std::vector<int64_t> ranks;
   std::vector<char> gradient, soft_gradient, combined;
-  std::vector<char> plain_gradient, gradient_of_powers;  // the same, from logits and from the exponentials of a scan
-  std::vector<double> sampled;                           // columns and values in turn
+  // The same, from logits, from the exponentials of a scan, and from those where they took the place of the logits.
+  std::vector<char> plain_gradient, gradient_of_powers, gradient_in_place;
+  std::vector<double> sampled;  // columns and values in turn
 };
 
 bool same(const void* a, const void* b, size_t bytes) { return memcmp(a, b, bytes) == 0; }
@@ -181,15 +182,23 @@ Outcome run(const Kernels& kernels, const Case& c) {
     pass.want = 0;
     scanned.ranks = nullptr;
     for (GradientRow& row : coefficients) row.b = row.c = row.d = row.e = 0;
-    const auto plain_gradient = [&](std::vector<char>& to) {
+    const auto plain_gradient = [&](std::vector<char>& from, std::vector<char>& to) {
       to.resize(logits.size());
-      k.gradient(pass, tile(logits), {}, c.rows, 0, blocks, coefficients.data(), ids, g.data(), corrected.data(), scanned,
+      k.gradient(pass, tile(from), {}, c.rows, 0, blocks, coefficients.data(), ids, g.data(), corrected.data(), scanned,
                  tile(to), buffers.scratch);
     };
-    plain_gradient(out.plain_gradient);
+    plain_gradient(logits, out.plain_gradient);
     scanned.powers = powers.data();
     k.scan(pass, tile(logits), {}, c.rows, 0, blocks, ids, scanned, buffers.scratch);
-    plain_gradient(out.gradient_of_powers);
+    plain_gradient(logits, out.gradient_of_powers);
+    out.gradient_in_place = out.gradient_of_powers;
+    if (c.rows == 1 && (c.dtype == kF32 || c.dtype == kF64)) {
+      out.gradient_in_place = logits;
+      scanned.powers = out.gradient_in_place.data();
+      scanned.last_powers = powers.data();
+      k.scan(pass, tile(out.gradient_in_place), {}, c.rows, 0, blocks, ids, scanned, buffers.scratch);
+      plain_gradient(out.gradient_in_place, out.gradient_in_place);
+    }
   }
   return out;
 }
@@ -203,6 +212,7 @@ const char* difference(const Outcome& a, const Outcome& b, Dtype dtype) {
   if (!same_numbers(a.plain_gradient, b.plain_gradient, dtype)) return "plain gradient";
   for (const Outcome* o : {&a, &b}) {
     if (!same_numbers(o->plain_gradient, o->gradient_of_powers, dtype)) return "gradient of powers";
+    if (!same_numbers(o->plain_gradient, o->gradient_in_place, dtype)) return "gradient of powers in place";
   }
   if (!same_numbers(a.soft_gradient, b.soft_gradient, dtype)) return "gradient by the soft targets";
   if (a.sampled.size() != b.sampled.size()) return "number of sampled entries";
@@ -221,7 +231,8 @@ int main() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) others.push_back(&kernels_avx2);
 #endif
 #if defined(FASTLOSS_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) others.push_back(&kernels_avx512);
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    others.push_back(&kernels_avx512);
 #endif
 #if defined(FASTLOSS_HAVE_AVX512BF16)
   if (__builtin_cpu_supports("avx512bf16")) others.push_back(&kernels_avx512bf16);

@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from benchmarks.fit import TOLERANCE, fit_line, last_step, points
+from benchmarks.fit import TOLERANCE, fit_line, last_step, overall, points
 
 SIZES = [2**k for k in range(9, 14)]
 
@@ -50,6 +50,16 @@ def test_what_is_not_linear_is_not(name, noise):
 def test_a_cliff_before_the_largest_size_shows_in_the_last_step(factor):
     found = times(lambda x: 0.07 * x * (factor if x == SIZES[-1] else 1.0))
     assert last_step(found) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_growth_over_all_sizes_is_that_of_the_size_or_less(name):
+    assert overall(times(LINEAR[name])) <= 1 + TOLERANCE
+
+
+def test_growth_over_all_sizes_shows_a_power():
+    assert overall(times(NOT_LINEAR["x^1.3"])) == pytest.approx(16**0.3)
+    assert overall(times(NOT_LINEAR["cliff of 1.5"])) == pytest.approx(1.5)
 
 
 def test_the_line_is_found():

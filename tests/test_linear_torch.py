@@ -501,6 +501,38 @@ def test_statistics_are_those_of_the_logits(many, chunk_tokens):
 
 
 @on_each_device
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_compiled_it_takes_factors_that_are_transposed(which):
+    hidden, weight, _ = factors()
+    target = targets("ids")
+
+    def loss(hidden, weight):
+        return ours(hidden.t() if which == "hidden" else hidden, weight.t() if which == "weight" else weight, target)
+
+    variables = [
+        x.detach().t().contiguous() if name == which else x.detach() for name, x in (("hidden", hidden), ("weight", weight))
+    ]
+    for x in variables:
+        x.requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True)
+    pairs = [torch.autograd.grad(f(*variables), variables) for f in (compiled, loss)]
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, **FLOAT64)
+
+
+def test_loss_scale_beyond_float16_reaches_its_gradients():
+    hidden, weight = (seeded(n, FEATURES, scale=0.1, dtype=torch.float16) for n in (TOKENS, CLASSES))
+    target = targets("ids")
+    grads = torch.func.grad(lambda h, w: ours(h, w, target, denominator=1e6) * 2.0**17, argnums=(0, 1))(hidden, weight)
+    expected = torch.func.grad(lambda h, w: reference(h, w, None, target, denominator=1e6) * 2.0**17, argnums=(0, 1))(
+        hidden.double(), weight.double()
+    )
+    for one, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=5e-3, atol=float(other.abs().max()) * 2e-3)
+
+
+@on_each_device
 def test_statistics_differentiate_twice_and_compile():
     hidden, weight, bias = (f.detach()[:6].clone().requires_grad_() for f in factors())
     target = targets("ids", 6, 6)

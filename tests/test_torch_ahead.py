@@ -108,20 +108,31 @@ def test_scaled_loss_is_expected_once_it_came_twice(trips):
     assert trips == ["both", "backward", "forward", "backward", "both", "both"]
 
 
-def test_gradient_made_for_nothing_stops_it_until_the_next_backward(trips):
+def test_loss_that_is_only_logged_costs_few_gradients(trips):
     logits, target = problem()
-    fl.cross_entropy(logits, target)
-    fl.cross_entropy(logits, target)
-    fl.cross_entropy(logits, target).backward()
-    fl.cross_entropy(logits, target).backward()
-    assert trips == ["both", "forward", "forward", "backward", "both"]
+    for _ in range(100):
+        fl.cross_entropy(logits, target).backward()
+        fl.cross_entropy(logits, target).item()
+    assert 1 <= trips.count("both") <= 2 * 100 / ahead.AFTER_NOTHING
+    for _ in range(ahead.AFTER_NOTHING + 1):
+        fl.cross_entropy(logits, target).backward()
+    assert trips[-1] == "both"
 
 
-def test_losses_that_wait_for_one_backward_keep_one_gradient(trips):
+def test_losses_that_wait_for_one_backward_keep_one_large_gradient(trips, monkeypatch):
     logits, target = problem()
+    monkeypatch.setattr(ahead, "RECYCLED_FROM", logits.nbytes)
     losses = [fl.cross_entropy(logits * i, target) for i in range(3)]
     sum(losses).backward()
     assert sorted(trips) == ["backward", "backward", "both", "forward", "forward"]
+
+
+def test_small_losses_neither_take_nor_wait_for_the_place_of_a_large_one(trips, monkeypatch):
+    logits, target = problem()
+    monkeypatch.setattr(ahead, "RECYCLED_FROM", logits.nbytes)
+    small = logits[:, :10], target % 10
+    (fl.cross_entropy(*small) + fl.cross_entropy(logits, target) + fl.cross_entropy(*small)).backward()
+    assert trips == ["both"] * 3
 
 
 def test_second_backward_makes_the_gradient_again(trips):

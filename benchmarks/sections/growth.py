@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..cases import Case
-from ..fit import OUT_OF_CACHE, TOLERANCE, fit_line, last_step, points
+from ..fit import OUT_OF_CACHE, TOLERANCE, fit_line, last_step, overall, points
 from ..machine import available_memory
 from ..report import Goal, Section, count, number, print_rows
 from ..settings import Settings
@@ -19,7 +19,7 @@ LIMIT = {"torch eager": 2**27}  # elements; slower peers stop here, to keep the 
 
 
 def measure(settings: Settings) -> Section:
-    """Median times along both axes, and how far they are from a line, over all sizes and beyond the cache."""
+    """Median times along both axes, and how far they are from a line where caches no longer matter."""
     section = Section("growth", "growth of the time of loss and gradient, float32")
     shrink = 8 if settings.quick else 1
     along_classes = [(FIXED_ROWS // shrink, classes) for classes in CLASSES]
@@ -42,12 +42,13 @@ def measure(settings: Settings) -> Section:
     )
     for name in ("fastloss", "fastloss in place"):
         for axis in ("V", "N"):
-            for where, least in (("", 0.0), (", beyond the cache", OUT_OF_CACHE / shrink)):
-                line = fit_line(points(section.rows, name, axis, least))
-                what = f"{name}: farthest time from a line in {axis}{where}"
-                section.goals.append(Goal(what, None if line is None else line.distance, TOLERANCE, False, ""))
-            step = last_step(points(section.rows, name, axis))
-            section.goals.append(Goal(f"{name}: growth of the last step in {axis}", step, 1 + TOLERANCE, False))
+            found = points(section.rows, name, axis)
+            line = fit_line(points(section.rows, name, axis, OUT_OF_CACHE / shrink))
+            distance = None if line is None else line.distance
+            what = f"{name}: farthest time from a line in {axis}, beyond the cache"
+            section.goals.append(Goal(what, distance, TOLERANCE, False, ""))
+            for what, step in (("first to last size", overall(found)), ("the last step", last_step(found))):
+                section.goals.append(Goal(f"{name}: growth from {what} in {axis}", step, 1 + TOLERANCE, False))
     return section
 
 

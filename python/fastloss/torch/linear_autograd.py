@@ -208,7 +208,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """By hidden states, weight and bias; or by the target."""
     inputs, (upstream, scale, kind, wanted, *tensors) = arguments[:_INPUTS], arguments[_INPUTS:]
     if kind == "made":
-        return tuple(grad * upstream.to(grad.dtype) for grad in tensors[:3])
+        return tuple((grad * upstream).to(grad.dtype) for grad in tensors[:3])
     if kind == "exact":
         return tuple(torch.ops.fastloss.linear_cross_entropy_backward(upstream, *inputs, *tensors, scale, *wanted))
     if kind == "sampled":

@@ -60,7 +60,7 @@ class Task(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A linear cross-entropy: the loss, (max, rest, mass) of each token, and the factor of the gradient; on a GPU a tensor."""
+    """A linear cross-entropy: the loss, what backward needs of each token, the factor of the gradient (on a GPU a tensor)."""
 
     loss: Tensor
     saved: Tensor
@@ -408,7 +408,7 @@ def _gradient_op(*args: Any) -> list[Tensor]:
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *wanted: bool) -> list[Tensor]:
     like = (hidden, weight, weight[:, 0] if bias is None else bias)
-    return [torch.empty_like(t) if want else weight.new_empty(0) for t, want in zip(like, wanted, strict=True)]
+    return [t.new_empty(t.shape if want else 0) for t, want in zip(like, wanted, strict=True)]
 
 
 def _fake_loss(hidden: Tensor, reduction: int) -> Tensor:

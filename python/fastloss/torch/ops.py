@@ -135,7 +135,7 @@ def cross_entropy(
     upstream: float = 1.0,
     sampled: _cpu.SampledGradient | None = None,
 ) -> tuple[Tensor, Tensor | None, float | Tensor]:
-    """The loss, what backward needs of each row (max, rest, mass) if `keep`, and the factor 1 / denominator.
+    """The loss, what backward needs of each row (see `saved_width`) if `keep`, and the factor 1 / denominator.
 
     The gradient by the logits comes from the same trip, times `upstream`: all of it in `grad`, which may be the logits, or a
     sample. On a GPU the factor is a tensor, and there is neither sample nor upstream gradient.
