@@ -59,25 +59,17 @@ def cross_entropy(
     grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `ops.cross_entropy`, with the factor 1 / denominator as a tensor."""
-    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
+    dim = options.dim
     if DEBUG and target.dtype not in CODES:
-        check_ids(target, logits.shape[dim], ignore_index)
+        check_ids(target, logits.shape[dim], options.ignore_index)
     rows = row_shape(logits.shape, dim)
     loss = logits.new_empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype))
     saved = logits.new_empty((*rows, 3), dtype=torch.float64) if keep else None
     scale = logits.new_empty((), dtype=torch.float64)
     place = where(logits)
     room = workspace(logits, dim, place)
-    ids, soft = ops.targets_of(target, dim)
     _cuda.cross_entropy(
-        ops.describe(logits, dim),
-        ids,
-        soft,
-        ops.address(weight),
-        (temperature, softcap, ops.address(bias)),
-        ignore_index,
-        label_smoothing,
-        z_loss,
+        *ops.call_of(logits, target, weight, bias, options),
         reduction,
         denominator,
         loss.data_ptr(),
@@ -102,23 +94,14 @@ def cross_entropy_backward(
     grad: Tensor | None = None,
 ) -> Tensor:
     """As `ops.cross_entropy_backward`."""
-    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     grad = ops.fresh(logits) if grad is None else grad
-    ids, soft = ops.targets_of(target, dim)
     upstream = upstream.resolve_neg().contiguous()
     _cuda.cross_entropy_backward(
-        ops.describe(logits, dim),
-        ids,
-        soft,
-        ops.address(weight),
-        (temperature, softcap, ops.address(bias)),
-        ignore_index,
-        label_smoothing,
-        z_loss,
+        *ops.call_of(logits, target, weight, bias, options),
         scale.data_ptr(),
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
-        ops.describe(grad, dim),
+        ops.describe(grad, options.dim),
         *where(logits),
     )
     return grad

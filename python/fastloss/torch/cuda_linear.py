@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 from torch import Tensor
 
-from fastloss import _cpu, _cuda
+from fastloss import _cuda
 from fastloss._chunks import for_each_chunk
 from fastloss._options import NONE
 from fastloss._sampled import slots_of_token
@@ -19,9 +17,6 @@ from fastloss.torch.ops import CODES, accumulation_dtype
 from fastloss.torch.projection import NOTHING, Wanted
 
 MOST_ENTRIES = 2**31 - 1  # that sampling sets places apart for
-
-# A loss as the kernels take it: logits, ids, probabilities, class weights, transform, ignored id, smoothing, z-loss.
-_Call: TypeAlias = "tuple[_cpu.Tensor, _cpu.Targets | None, _cpu.Tensor | None, int, _cpu.Transform, int, float, float]"
 
 
 def check_ids(target: Tensor, classes: int, ignore_index: int | None) -> None:
@@ -41,15 +36,6 @@ def _order(task: Task) -> tuple[Order | None, Task]:
         return None, task
     order = Order(task.target != task.options.ignore_index)
     return order, task._replace(target=order.apply(task.target))
-
-
-def _call(logits: Tensor, task: Task, tokens: slice) -> _Call:
-    """The loss of a chunk."""
-    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = task.options
-    ids, soft = ops.targets_of(task.target[tokens], dim)
-    transform = (temperature, softcap, ops.address(task.logit_bias))
-    weight = ops.address(task.class_weight)
-    return ops.describe(logits, dim), ids, soft, weight, transform, ignore_index, label_smoothing, z_loss
 
 
 def _forward(
@@ -76,7 +62,8 @@ def _forward(
         _cuda.reduce_tokens(*of_tokens, reduction, denominator, *out, room.data_ptr(), *where)
 
     def kernel(chunk: slice, logits: Tensor) -> None:
-        call, rows = _call(logits, task, chunk), saved[chunk]
+        call = ops.call_of(logits, task.target[chunk], *task[1:])
+        rows = saved[chunk]
         room = cuda.workspace(logits, task.options.dim, where)
         grad = ops.describe(logits, task.options.dim) if any(wanted) else None
         loss_of_tokens = (losses[chunk].data_ptr(), reduction != NONE)
@@ -151,7 +138,7 @@ class _Sampler:
         self.columns = hidden.new_full((tokens, self._slots), classes, dtype=torch.int32)
         self.values = hidden.new_empty((tokens, self._slots), dtype=accumulation_dtype(hidden.dtype))
 
-    def sample(self, call: _Call, saved: Tensor, numbers: Tensor, where: tuple[int, int]) -> None:
+    def sample(self, call: ops.Call, saved: Tensor, numbers: Tensor, where: tuple[int, int]) -> None:
         """Keeps entries of a chunk whose tokens have these numbers."""
         places = (self._slots, self.count.data_ptr(), self.columns.data_ptr(), self.values.data_ptr())
         random = (self._seed.data_ptr(), self._threshold, numbers.data_ptr())

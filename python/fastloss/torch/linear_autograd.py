@@ -97,8 +97,9 @@ class LinearCrossEntropy(Function):
         gradients, ctx.gradients = ctx.gradients, None  # who gets them may change them: they are given away once
         as_expected = False
         if upstream.ndim == 0 and head.hidden.is_cpu:
-            expectation.learn(upstream.item())
-            as_expected = upstream.item() == ctx.made_for
+            brought = upstream.item()
+            expectation.learn(brought)
+            as_expected = brought == ctx.made_for
         if gradients is not None and not as_expected:
             if head.hidden.is_cpu and head.hidden.element_size() == 2:
                 gradients = None

@@ -14,7 +14,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -90,16 +90,26 @@ def ids_of(target: Tensor | None) -> _cpu.Targets | None:
     return None if target is None else (target.data_ptr(), target.element_size())
 
 
-def targets_of(target: Tensor, dim: int) -> tuple[_cpu.Targets | None, _cpu.Tensor | None]:
-    """Class ids and probabilities: one of the two."""
-    if target.dtype in CODES:
-        return None, describe(target, dim)
-    return (target.data_ptr(), target.element_size()), None
-
-
 def address(tensor: Tensor | None) -> int:
     """Where the first element is, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+# A cross-entropy as the kernels take it: logits, ids, probabilities, class weights, transform, ignored id, smoothing, z-loss.
+Call: TypeAlias = "tuple[_cpu.Tensor, _cpu.Targets | None, _cpu.Tensor | None, int, _cpu.Transform, int, float, float]"
+
+
+def call_of(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Call:
+    """These arguments for the kernels of either device."""
+    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
+    ids: _cpu.Targets | None = None
+    soft: _cpu.Tensor | None = None
+    if target.dtype in CODES:
+        soft = describe(target, dim)
+    else:
+        ids = (target.data_ptr(), target.element_size())
+    transform = (temperature, softcap, address(bias))
+    return describe(logits, dim), ids, soft, address(weight), transform, ignore_index, label_smoothing, z_loss
 
 
 def fresh(like: Tensor) -> Tensor:
@@ -145,22 +155,14 @@ def cross_entropy(
             logits, target, weight, bias, options, reduction, denominator, keep, grad
         )
         return on_gpu
-    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
+    dim = options.dim
     rows = row_shape(logits.shape, dim)
     # The quickest ways to a scalar and to a small tensor: a small loss takes less time than torch.empty does.
     scalar = _SCALAR[logits.dtype]
     loss = torch.empty_like(scalar) if reduction != NONE else torch.empty(rows, dtype=scalar.dtype, device=CPU)
     saved = torch.from_numpy(np.empty((*rows, saved_width(logits, logits.shape[dim])))) if keep else None
-    ids, soft = targets_of(target, dim)
     used = _cpu.cross_entropy(
-        describe(logits, dim),
-        ids,
-        soft,
-        address(weight),
-        (temperature, softcap, address(bias)),
-        ignore_index,
-        label_smoothing,
-        z_loss,
+        *call_of(logits, target, weight, bias, options),
         reduction,
         denominator,
         loss.data_ptr(),
@@ -187,23 +189,14 @@ def cross_entropy_backward(
     if not logits.is_cpu:
         on_gpu: Tensor = gpu().cross_entropy_backward(upstream, logits, target, weight, bias, saved, scale, options, grad)
         return on_gpu
-    dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     grad = fresh(logits) if grad is None else grad
-    ids, soft = targets_of(target, dim)
     upstream = upstream.resolve_neg().contiguous()
     _cpu.cross_entropy_backward(
-        describe(logits, dim),
-        ids,
-        soft,
-        address(weight),
-        (temperature, softcap, address(bias)),
-        ignore_index,
-        label_smoothing,
-        z_loss,
+        *call_of(logits, target, weight, bias, options),
         scale,  # type: ignore[arg-type]  # a float on the CPU
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
-        describe(grad, dim),
+        describe(grad, options.dim),
     )
     return grad
 
