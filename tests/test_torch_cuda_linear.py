@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 
 import fastloss.torch as fl  # noqa: E402
 from cuda_binding import load_emulation  # noqa: E402
-from fastloss.torch import linear_ops, ops  # noqa: E402
+from fastloss.torch import linear_operators, linear_ops, ops  # noqa: E402
 from fastloss.torch.projection import NOTHING  # noqa: E402
 from torch_helpers import TORCH_DTYPES, seeded, seeded_ids, seeded_probabilities, torch_over_emulation  # noqa: E402
 
@@ -409,7 +409,7 @@ def test_operators_say_the_shapes_they_return(linear):
     with FakeTensorMode() as mode:
         on_gpu = [torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, torch.Tensor) else a for a in arguments]
         with mode:
-            fake = linear_ops._sampled_fake(*on_gpu)
+            fake = linear_operators._sampled_fake(*on_gpu)
     for one, other in zip(fake, real, strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
 

@@ -74,7 +74,7 @@ def torch_over_emulation(emulated, monkeypatch):
     cuda, projection, linear = (importlib.import_module(f"fastloss.torch.{name}") for name in names)
     monkeypatch.setattr(cuda, "where", lambda tensor: (0, 0))
     monkeypatch.setattr(projection, "_count_worth_waiting_for", lambda counts: None)
-    monkeypatch.setattr(linear_ops, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(linear_ops, "is_on_gpu", lambda tensor: True)
     for name in ("cross_entropy", "cross_entropy_backward", "soft_target_gradient"):
         monkeypatch.setattr(ops, name, getattr(cuda, name))
     monkeypatch.setattr(ahead.expectation, "start", lambda logits: None)

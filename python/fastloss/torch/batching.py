@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss._options import MEAN, NONE
-from fastloss.torch import linear_ops
+from fastloss.torch import linear_operators
 from fastloss.torch.ops import CODES, accumulation_dtype
 
 
@@ -134,5 +134,5 @@ torch.library.register_vmap("fastloss::statistics", _statistics_vmap)
 torch.library.register_vmap("fastloss::gradient", _gradient_vmap)
 for _name in ("cross_entropy_backward", "soft_target_gradient"):
     torch.library.register_vmap(f"fastloss::{_name}", _row_gradient_vmap(getattr(torch.ops.fastloss, _name)))
-for _name in linear_ops.OPERATORS:
+for _name in linear_operators.OPERATORS:
     torch.library.register_vmap(f"fastloss::{_name}", _in_turn(getattr(torch.ops.fastloss, _name)))

@@ -22,7 +22,8 @@ from fastloss._options import NONE
 from fastloss.torch import linear_ops, ops, plain
 from fastloss.torch.ahead import expectation
 from fastloss.torch.autograd import statistics_coefficients
-from fastloss.torch.linear_ops import Head, grouped
+from fastloss.torch.linear_operators import grouped
+from fastloss.torch.linear_ops import Head
 from fastloss.torch.projection import NOTHING, Wanted
 
 # Every function here starts with the arguments of linear_ops.Head and Task, the options of Task spread out.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear cross-entropy and statistics on matrices of tokens: logits of one chunk at a time, in place of a matrix of them all.
 
-As in `ops`, each operation is a plain function over CPU tensors, which hands those of a GPU on (to `cuda_linear`), and an
-operator of PyTorch for tracing and `vmap`. Tokens with the ignored id are left out before the first product.
+As in `ops`, each operation is a plain function over CPU tensors, which hands those of a GPU on (to `cuda_linear`);
+`linear_operators` makes operators of PyTorch of them. Tokens with the ignored id are left out before the first product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from fastloss import _cpu
 from fastloss._chunks import for_each_chunk
 from fastloss._options import MEAN, NONE
-from fastloss._sampled import Sampler, SparseGradient, slots_of_token
+from fastloss._sampled import Sampler, SparseGradient
 from fastloss.torch import ops
-from fastloss.torch.ops import CODES, LIBRARY, Options, accumulation_dtype
+from fastloss.torch.ops import CODES, Options, accumulation_dtype
 from fastloss.torch.projection import NOTHING, Projection, Wanted, spread
 
 
@@ -67,7 +67,8 @@ class Loss(NamedTuple):
     scale: float | Tensor
 
 
-def _on_gpu(tensor: Tensor) -> bool:
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Whether `cuda_linear` takes it."""
     return tensor.is_cuda
 
 
@@ -80,7 +81,7 @@ def _gpu() -> ModuleType:
 
 def _projection(head: Head, wanted: Wanted) -> Any:
     """Of all tokens."""
-    if _on_gpu(head.hidden):
+    if is_on_gpu(head.hidden):
         return _gpu().projection(head, wanted)
     return Projection(*head[:3], None, head.chunk_tokens, wanted)
 
@@ -146,7 +147,7 @@ def cross_entropy(
 
     On a GPU `upstream` is 1.
     """
-    if _on_gpu(head.hidden):
+    if is_on_gpu(head.hidden):
         on_gpu: tuple[Loss, list[Tensor]] = _gpu().cross_entropy(head, task, reduction, denominator, wanted)
         return on_gpu
     return _forward(head, task, reduction, denominator, wanted, upstream, None)
@@ -156,7 +157,7 @@ def cross_entropy_backward(
     upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: float | Tensor, wanted: Wanted
 ) -> list[Tensor]:
     """The gradients, from logits that are made again; `upstream` is one number, or one a token."""
-    if _on_gpu(head.hidden):
+    if is_on_gpu(head.hidden):
         on_gpu: list[Tensor] = _gpu().cross_entropy_backward(upstream, head, task, saved, scale, wanted)
         return on_gpu
     kept = task.counted()
@@ -185,7 +186,7 @@ def cross_entropy_backward(
 
 def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:
     """Multiplies gradients that were made in forward by the upstream gradient, in place."""
-    if _on_gpu(upstream):
+    if is_on_gpu(upstream):
         _gpu().scale_gradients(gradients, upstream)
     else:
         for grad in gradients:
@@ -216,7 +217,7 @@ def cross_entropy_sampled(
     head: Head, task: Task, reduction: int, denominator: float | None, threshold: float, seed: Tensor
 ) -> tuple[Loss, Entries]:
     """The loss, and a sample of the gradient by the logits of each token's loss."""
-    if _on_gpu(head.hidden):
+    if is_on_gpu(head.hidden):
         on_gpu: tuple[Loss, Entries] = _gpu().cross_entropy_sampled(head, task, reduction, denominator, threshold, seed)
         return on_gpu
     sampler = Sampler(int(seed), threshold, np.float64 if head.hidden.dtype == torch.float64 else np.float32)
@@ -226,7 +227,7 @@ def cross_entropy_sampled(
 
 def sampled_backward(upstream: Tensor, head: Head, kept: Entries, scale: float | Tensor, wanted: Wanted) -> list[Tensor]:
     """The gradients as sums over the kept entries, in a fixed order."""
-    if _on_gpu(head.hidden):
+    if is_on_gpu(head.hidden):
         on_gpu: list[Tensor] = _gpu().sampled_backward(upstream, head, kept, scale, wanted)
         return on_gpu
     entries = _scaled(kept, upstream, scale)
@@ -246,7 +247,7 @@ def sampled_backward(upstream: Tensor, head: Head, kept: Entries, scale: float |
 
 def sparse_backward(upstream: Tensor, head: Head, kept: Entries, scale: float | Tensor, wanted: Wanted) -> list[Tensor]:
     """The same bits, those by weight and bias as coalesced sparse tensors of the classes that have an entry."""
-    if _on_gpu(head.hidden):
+    if is_on_gpu(head.hidden):
         on_gpu: list[Tensor] = _gpu().sparse_backward(upstream, head, kept, scale, wanted)
         return on_gpu
     gradients = sampled_backward(upstream, head, kept, scale, Wanted(wanted.hidden, False, False))
@@ -282,7 +283,7 @@ def statistics(
     head: Head, target: Tensor | None, logit_bias: Tensor | None, softcap: float, temperature: float, want: list[bool]
 ) -> list[Tensor]:
     """The eight statistics, empty where not wanted, and `saved`."""
-    if target is not None and _on_gpu(target):
+    if target is not None and is_on_gpu(target):
         _gpu().check_ids(target, head.weight.shape[0], None)
     elif target is not None:
         ids = target.contiguous()
@@ -324,136 +325,3 @@ def gradient(
     for_each_chunk(projection, kernel, carry_back=True)
     gradients: list[Tensor] = projection.gradients()
     return gradients
-
-
-# ---- the same functions as operators of PyTorch ----------------------------------------------------------------------
-
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, int? chunk_tokens"
-_TASK = (
-    "Tensor target, Tensor? class_weight, Tensor? logit_bias, int ignore_index, float label_smoothing, float z_loss,"
-    " float softcap, float temperature"
-)
-_WANTED = "bool want_hidden, bool want_weight, bool want_bias"
-_TRANSFORM = "float softcap, float temperature"
-LIBRARY.define(
-    f"linear_cross_entropy({_HEAD}, {_TASK}, int reduction, float? denominator, {_WANTED})"
-    " -> (Tensor loss, Tensor saved, Tensor scale, Tensor by_hidden, Tensor by_weight, Tensor by_bias)"
-)
-LIBRARY.define(
-    f"linear_cross_entropy_backward(Tensor upstream, {_HEAD}, {_TASK}, Tensor saved, Tensor scale, {_WANTED}) -> Tensor[]"
-)
-LIBRARY.define(f"linear_soft_target_gradient(Tensor upstream, {_HEAD}, {_TASK}, Tensor saved, Tensor scale) -> Tensor")
-LIBRARY.define(
-    f"linear_cross_entropy_sampled({_HEAD}, {_TASK}, int reduction, float? denominator, float threshold, Tensor seed)"
-    " -> (Tensor loss, Tensor scale, Tensor start, Tensor columns, Tensor values)"
-)
-LIBRARY.define(
-    f"linear_sampled_backward(Tensor upstream, {_HEAD}, Tensor start, Tensor columns, Tensor values, Tensor scale, {_WANTED})"
-    " -> Tensor[]"
-)
-LIBRARY.define(f"linear_statistics({_HEAD}, Tensor? target, Tensor? logit_bias, {_TRANSFORM}, bool[] want) -> Tensor[]")
-LIBRARY.define(
-    f"linear_gradient({_HEAD}, Tensor saved, Tensor coefficients, Tensor? target, Tensor? target_coefficients,"
-    f" Tensor? logit_bias, {_TRANSFORM}, {_WANTED}) -> Tensor[]"
-)
-
-
-def grouped(arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """Arguments of an operator, those of Head and Task put together."""
-    target, class_weight, logit_bias, *options = arguments[4:12]
-    return Head(*arguments[:4]), Task(target, class_weight, logit_bias, Options(1, *options)), *arguments[12:]
-
-
-def _factor(scale: Tensor) -> float | Tensor:
-    """The factor of a loss as the functions take it."""
-    return scale if _on_gpu(scale) else scale.item()
-
-
-def _cross_entropy_op(*args: Any) -> tuple[Tensor, ...]:
-    head, task, reduction, denominator, *wanted = grouped(args)
-    (loss, saved, scale), gradients = cross_entropy(head, task, reduction, denominator, Wanted(*wanted))
-    return loss, saved, ops.as_tensor(scale), *gradients
-
-
-def _backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
-    head, task, saved, scale, *wanted = grouped(args)
-    return cross_entropy_backward(upstream, head, task, saved, _factor(scale), Wanted(*wanted))
-
-
-def _soft_target_op(upstream: Tensor, *args: Any) -> Tensor:
-    head, task, saved, scale = grouped(args)
-    return soft_target_gradient(upstream, head, task, saved, _factor(scale))
-
-
-def _sampled_op(*args: Any) -> tuple[Tensor, ...]:
-    head, task, reduction, denominator, threshold, seed = grouped(args)
-    loss, entries = cross_entropy_sampled(head, task, reduction, denominator, threshold, seed)
-    return loss.loss, ops.as_tensor(loss.scale), *entries
-
-
-def _sampled_backward_op(upstream: Tensor, *args: Any) -> list[Tensor]:
-    head, (*entries, scale), wanted = Head(*args[:4]), args[4:8], Wanted(*args[8:])
-    return sampled_backward(upstream, head, entries, _factor(scale), wanted)
-
-
-def _statistics_op(*args: Any) -> list[Tensor]:
-    return statistics(Head(*args[:4]), *args[4:])
-
-
-def _gradient_op(*args: Any) -> list[Tensor]:
-    saved, coefficients, target, factors, logit_bias, softcap, temperature, *wanted = args[4:]
-    terms = (saved, coefficients, target, factors)
-    return gradient(Head(*args[:4]), *terms, logit_bias, softcap, temperature, Wanted(*wanted))
-
-
-def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *wanted: bool) -> list[Tensor]:
-    like = (hidden, weight, weight[:, 0] if bias is None else bias)
-    return [t.new_empty(t.shape if want else 0) for t, want in zip(like, wanted, strict=True)]
-
-
-def _fake_loss(hidden: Tensor, reduction: int) -> Tensor:
-    return hidden.new_empty(hidden.shape[:1] if reduction == NONE else (), dtype=accumulation_dtype(hidden.dtype))
-
-
-def _cross_entropy_fake(*args: Any) -> tuple[Tensor, ...]:
-    hidden = args[0]
-    saved = hidden.new_empty((hidden.shape[0], ops.saved_width(hidden, args[1].shape[0])), dtype=torch.float64)
-    scale = hidden.new_empty((), dtype=torch.float64)
-    return _fake_loss(hidden, args[12]), saved, scale, *_fake_gradients(*args[:3], *args[14:])
-
-
-def _sampled_fake(*args: Any) -> tuple[Tensor, ...]:
-    hidden, weight, tokens = args[0], args[1], args[0].shape[0]
-    of_tokens, of_entries = [tokens], [tokens]
-    if hidden.is_cuda:
-        plain = args[4].dtype not in CODES and args[8] == 0.0
-        of_entries.append(slots_of_token(args[14], weight.shape[0], plain))
-    else:
-        of_tokens, of_entries = [tokens + 1], [torch.library.get_ctx().new_dynamic_size()]
-    return (
-        _fake_loss(hidden, args[12]),
-        hidden.new_empty((), dtype=torch.float64),
-        hidden.new_empty(of_tokens, dtype=torch.int64),
-        hidden.new_empty(of_entries, dtype=torch.int32),
-        hidden.new_empty(of_entries, dtype=accumulation_dtype(hidden.dtype)),
-    )
-
-
-def _statistics_fake(hidden: Tensor, weight: Tensor, bias: Any, chunk: Any, target: Any, logit_bias: Any, *rest: Any) -> Any:
-    logits = hidden.new_empty((hidden.shape[0], weight.shape[0]))
-    return ops.stats_outputs(logits, target, 1, rest[-1])
-
-
-OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "linear_cross_entropy": (_cross_entropy_op, _cross_entropy_fake),
-    "linear_cross_entropy_backward": (_backward_op, lambda upstream, *args: _fake_gradients(*args[:3], *args[-3:])),
-    "linear_soft_target_gradient": (_soft_target_op, lambda upstream, *args: torch.empty_like(args[4])),
-    "linear_cross_entropy_sampled": (_sampled_op, _sampled_fake),
-    "linear_sampled_backward": (_sampled_backward_op, lambda upstream, *args: _fake_gradients(*args[:3], *args[-3:])),
-    "linear_statistics": (_statistics_op, _statistics_fake),
-    "linear_gradient": (_gradient_op, lambda *args: _fake_gradients(*args[:3], *args[-3:])),
-}
-for _name, (_function, _fake) in OPERATORS.items():
-    LIBRARY.impl(_name, _function, "CPU")
-    LIBRARY.impl(_name, _function, "CUDA")
-    torch.library.register_fake(f"fastloss::{_name}", _fake)
