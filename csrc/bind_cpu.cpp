@@ -21,12 +21,14 @@ namespace {
 double bind_cross_entropy(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
                           const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, int reduction,
                           std::optional<double> denominator, uintptr_t loss, uintptr_t saved, const Tensor& grad,
-                          double upstream, SampledGradient* sampled) {
+                          double upstream, py::handle sampled) {
+  // Cast by hand: before pybind11 takes None for a null pointer, it has Python raise and drop an AttributeError.
+  SampledGradient* const kept = sampled.is_none() ? nullptr : sampled.cast<SampledGradient*>();
   const py::gil_scoped_release release;
   const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
                               z,      ignore_index, label_smoothing, z_loss};
   return cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
-                       pointer<double>(saved), grad, upstream, sampled);
+                       pointer<double>(saved), grad, upstream, kept);
 }
 
 void bind_cross_entropy_backward(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
@@ -136,13 +138,13 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release release;
     transpose(sparse_rows(rows, start, ids, values), wide ? kF64 : kF32, sparse_rows(columns, out_start, out_ids, out_values));
   });
-  m.def("add_transposed_product",
-        [](uintptr_t multiply, uintptr_t release_tiles, const Tensor& grad, const Tensor& hidden, uintptr_t total, bool add) {
-          const py::gil_scoped_release release;
-          const BlockProduct product{reinterpret_cast<decltype(BlockProduct::multiply)>(multiply),
-                                     reinterpret_cast<decltype(BlockProduct::release)>(release_tiles)};
-          add_transposed_product(product, grad, hidden, pointer<float>(total), add);
-        });
+  m.def("transposed_product", [](uintptr_t multiply, uintptr_t release_tiles, const Tensor& grad, const Tensor& hidden,
+                                 uintptr_t total, bool add, const Tensor& rounded) {
+    const py::gil_scoped_release release;
+    const BlockProduct product{reinterpret_cast<decltype(BlockProduct::multiply)>(multiply),
+                               reinterpret_cast<decltype(BlockProduct::release)>(release_tiles)};
+    transposed_product(product, grad, hidden, pointer<float>(total), add, rounded);
+  });
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);
   m.def("set_isa", &set_isa);

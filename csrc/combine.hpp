@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums of rows: what linear cross-entropy needs besides matrix products.
+// Sums of rows, and rounded rows: what linear cross-entropy needs besides matrix products.
 #pragma once
 
 #include "staging.hpp"
@@ -39,6 +39,18 @@ void weighted_rows(const Tile& matrix, int64_t width, const int32_t* ids, const 
         }
         to[h] = narrow<T>(sum);
       }
+    }
+  });
+  if (stream) V::fence();
+}
+
+template <class V>
+void round(const void* numbers, int64_t step, int64_t rows, int columns, const Tile& out, bool stream) {
+  with_storage(out.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if constexpr (kNative<V, T>) {
+      for (int64_t r = 0; r < rows; ++r)
+        narrow_run<V>(static_cast<const typename V::T*>(numbers) + r * step, columns, element<T>(out, r, 0), stream);
     }
   });
   if (stream) V::fence();

@@ -87,7 +87,7 @@ struct Scanned {
   double* target_z = nullptr;  // of the target ids
   int64_t* ranks = nullptr;    // if wanted: how many classes of a block come before each target in a stable descending sort
   // exp(z - ref), block after block as panels (powers_of in staging.hpp), from which a gradient is made without the logits.
-  // Null: not kept. May be the logits; then those of a last block that is not whole, which the loops pad, lie elsewhere.
+  // Null: not kept. May be the logits; then those of a last block that needs padding lie elsewhere.
   void* powers = nullptr;
   void* last_powers = nullptr;
 };
@@ -178,6 +178,9 @@ struct RowKernels {
   // out[h] = sum_k values[k] matrix[ids[k]][h], values of the accumulation type; no k at all gives zeros.
   void (*weighted_rows)(const Tile& matrix, int64_t width, const int32_t* ids, const void* values, int64_t count,
                         const Tile& out, bool stream);
+
+  // Rounds rows of numbers, `step` apart, to those of `out`, whose columns are adjacent.
+  void (*round)(const void* numbers, int64_t step, int64_t rows, int columns, const Tile& out, bool stream);
 
   // out_ij = scale_i w_j (L_i - z_ij): the gradient of a loss by its soft targets.
   void (*soft_gradient)(const Pass&, const Tile& logits, int rows, int64_t begin, int64_t end, const RowStats* stats,

@@ -94,10 +94,11 @@ void transpose_block(const T* rows, int64_t tokens, int64_t step, int64_t classe
 }
 
 template <class T>
-void add_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add) {
+void product_of(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add, const Tensor& rounded) {
   const int64_t tokens = grad.shape[0], classes = grad.shape[1], features = hidden.shape[1];
   const int64_t whole = (tokens + kTogether<T> - 1) / kTogether<T> * kTogether<T>;
   const std::vector<T> panels = packed_panels<T>(hidden);
+  const bool stream = rounded && classes * features * itemsize_of(rounded.dtype) >= kStreamBytes;
   parallel_for((classes + kBlockClasses - 1) / kBlockClasses, get_num_threads(), [&](int64_t block) {
     thread_local std::vector<T> factor;
     factor.assign(kBlockClasses * whole, T(0));
@@ -106,8 +107,14 @@ void add_product(BlockProduct product, const Tensor& grad, const Tensor& hidden,
     transpose_block(reinterpret_cast<const T*>(grad.data) + first, tokens, grad.strides[0], count, whole, factor.data());
     for (int64_t feature = 0; feature < features; feature += kPanelFeatures) {
       const int64_t width = std::min(kPanelFeatures, features - feature);
-      product.multiply(count, width, whole, whole, width, features, add, factor.data(), panels.data() + feature * whole,
-                       total + first * features + feature, kTogether<T> > 1);
+      float panel[kBlockClasses * kPanelFeatures];
+      float* const sums = total ? total + first * features + feature : panel;
+      const int64_t step = total ? features : width;
+      product.multiply(count, width, whole, whole, width, step, add, factor.data(), panels.data() + feature * whole, sums,
+                       kTogether<T> > 1);
+      if (!rounded) continue;
+      const Tile to{rounded.data + (first * features + feature) * itemsize_of(rounded.dtype), rounded.dtype, features, 1};
+      kernels().f32.round(sums, step, count, static_cast<int>(width), to, stream);
     }
     product.release(kTogether<T> > 1);
   });
@@ -115,11 +122,12 @@ void add_product(BlockProduct product, const Tensor& grad, const Tensor& hidden,
 
 }  // namespace
 
-void add_transposed_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add) {
+void transposed_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add,
+                        const Tensor& rounded) {
   if (grad.dtype == kBF16) {
-    add_product<uint16_t>(product, grad, hidden, total, add);
+    product_of<uint16_t>(product, grad, hidden, total, add, rounded);
   } else {
-    add_product<float>(product, grad, hidden, total, add);
+    product_of<float>(product, grad, hidden, total, add, rounded);
   }
 }
 

@@ -32,8 +32,9 @@ struct BlockProduct {
 };
 
 // total = grad^T hidden, or total + grad^T hidden, for matrices of bfloat16 or float32 with adjacent columns and a float32
-// total. What PyTorch itself offers rounds the product of bfloat16 matrices to bfloat16, and has no fast form of this product
-// of float32 matrices.
-void add_transposed_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add);
+// total (null: nobody wants it). The sum goes to `rounded` as well, which may be empty. What PyTorch itself offers rounds each
+// product of bfloat16 matrices to bfloat16, and has no fast form of this product of float32 matrices.
+void transposed_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add,
+                        const Tensor& rounded);
 
 }  // namespace fastloss

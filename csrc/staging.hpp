@@ -262,19 +262,21 @@ struct Staged {
   int64_t panel_size;
 };
 
-// A block of adjacent classes without padding, of one row, that no transform changes.
-inline bool is_whole_block(const Pass& pass, const Tile& logits, int rows, int n) {
-  return rows == 1 && logits.class_step == 1 && n == kBlock && is_identity(pass.transform);
+inline bool needs_padding(int n) { return n % kLanes != 0; }
+
+// A block of adjacent classes, of one row, that takes neither padding nor a transform.
+inline bool is_panel(const Pass& pass, const Tile& logits, int rows, int n) {
+  return rows == 1 && logits.class_step == 1 && !needs_padding(n) && is_identity(pass.transform);
 }
 
-// The block as panels of z. A whole block that needs no conversion is read where it lies.
+// The block as panels of z. One that is a panel already, and needs no conversion, is read where it lies.
 template <class O>
 inline Staged<typename O::T> stage_logits(const Pass& pass, const Tile& logits, int rows, int64_t block, Scratch& scratch,
                                           bool want_derivative = false, bool may_alias = true) {
   using A = typename O::T;
   const int n = block_length(pass.classes, block);
   const bool same_type = logits.dtype == (sizeof(A) == 8 ? kF64 : kF32);
-  if (may_alias && same_type && is_whole_block(pass, logits, rows, n)) {
+  if (may_alias && same_type && is_panel(pass, logits, rows, n)) {
     return {element<const A>(logits, 0, block * kBlock), 0};
   }
   A* z = static_cast<A*>(scratch.logits);
@@ -292,7 +294,7 @@ inline Staged<typename O::T> stage_logits(const Pass& pass, const Tile& logits, 
 // Where the exponentials of a block are kept, in panels as those of its logits.
 template <class O>
 inline typename O::T* powers_of(const Pass& pass, const Scanned& scanned, int rows, int64_t block) {
-  if (scanned.last_powers && block_length(pass.classes, block) < kBlock)
+  if (scanned.last_powers && needs_padding(block_length(pass.classes, block)))
     return static_cast<typename O::T*>(scanned.last_powers);
   return static_cast<typename O::T*>(scanned.powers) + block * kBlock * panel_count<O>(rows) * O::kRows;
 }
@@ -302,7 +304,7 @@ template <class A>
 inline const A* stage_weight(const Pass& pass, int64_t block, Scratch& scratch) {
   const int n = block_length(pass.classes, block);
   const A* weight = pass.weight ? static_cast<const A*>(pass.weight) + block * kBlock : nullptr;
-  if (weight && n == kBlock) return weight;
+  if (weight && !needs_padding(n)) return weight;
   A* out = static_cast<A*>(scratch.weight);
   for (int j = 0; j < (n + kLanes - 1) / kLanes * kLanes; ++j) out[j] = j >= n ? A(0) : weight ? weight[j] : A(1);
   return out;

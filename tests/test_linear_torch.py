@@ -258,19 +258,24 @@ def test_each_library_gives_the_product(library, monkeypatch):
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "no blocks"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 129, 65), (32, 300, 64), (33, 128, 200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_weight_products_are_sums_in_float32(dtype, shape, blocks, monkeypatch):
+def test_weight_products_are_sums_in_float32_rounded_once(dtype, shape, blocks, monkeypatch):
     tokens, classes, features = shape
     if not blocks:
         monkeypatch.setattr(matmul, "_BLOCKS", dict.fromkeys(matmul._BLOCKS, 0))
     monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * tokens * 50)  # blocks of fifty classes
     grad = seeded(tokens, classes + 3, dtype=dtype)[:, :classes]  # rows with a stride
     hidden = seeded(tokens, features, seed=1, dtype=dtype)
-    total = torch.empty(classes, features)
+    total, out = torch.empty(classes, features), torch.zeros(classes, features, dtype=dtype)
     exact = grad.double().t() @ hidden.double()
     scale = grad.double().abs().t() @ hidden.double().abs()
+    sums = out if dtype == torch.float32 else total
     for times in (1, 2):
-        matmul.weight_product(grad, hidden, total, add=times > 1)
-        assert bool(((total.double() - times * exact).abs() <= times * tokens * 2.0**-23 * scale).all())
+        matmul.weight_product(grad, hidden, total, out, add=times > 1, last=times > 1)
+        assert bool(((sums.double() - times * exact).abs() <= times * tokens * 2.0**-23 * scale).all())
+    assert same_bits(out, sums.to(dtype))
+    matmul.weight_product(grad, hidden, None, out, add=False, last=True)
+    matmul.weight_product(grad, hidden, total, sums, add=False, last=False)
+    assert same_bits(out, sums.to(dtype))
 
 
 def test_the_fastest_library_is_measured_once_and_remembered(monkeypatch):

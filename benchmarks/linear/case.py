@@ -63,7 +63,8 @@ class LinearCase:
     @property
     def chunk(self) -> int:
         """Tokens whose logits fastloss makes at a time."""
-        return chunk_size(None, self.tokens, self.classes)
+        one = 2 * self.weight.numel() if self.dtype != "float32" else 0
+        return chunk_size(None, self.tokens, self.classes, one)
 
     @cached_property
     def target(self) -> torch.Tensor:

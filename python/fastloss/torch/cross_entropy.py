@@ -109,20 +109,20 @@ def cross_entropy(
             raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
         divisor, denominator, reduction = denominator, None, "sum"
     choices = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
-    compiling = torch.compiler.is_compiling()
-    options = _check_options(*choices) if compiling else _remembered_options(*choices)
+    eager = ops.eager(input, target, weight, logit_bias)
+    options = _remembered_options(*choices) if eager else _check_options(*choices)
     arguments = (input, target, weight, logit_bias, *options)
 
-    if compiling:
-        loss: Tensor = CrossEntropy.apply(*arguments, False)
-    elif not ops.eager(input, target, weight, logit_bias):
-        loss = CrossEntropyUnderTransforms.apply(*arguments)[0]
-    elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+    if eager and not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+        loss: Tensor = ops.cross_entropy(*arguments, False)[0]
+    elif eager:
         if inplace:
             _check_inplace(input)
         loss = apply_cross_entropy(*arguments, inplace)
+    elif torch.compiler.is_compiling():
+        loss = CrossEntropy.apply(*arguments, False)
     else:
-        loss = ops.cross_entropy(*arguments, False)[0]
+        loss = CrossEntropyUnderTransforms.apply(*arguments)[0]
     return loss if divisor is None else loss / divisor.to(loss.dtype)
 
 

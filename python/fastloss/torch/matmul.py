@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastloss import _cpu
 from fastloss._chunks import BLOCK_BYTES, slices
-from fastloss.torch.ops import describe, symbol
+from fastloss.torch.ops import address, describe, symbol
 
 Product = Callable[..., None]
 
@@ -37,17 +37,25 @@ def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     _run("hidden", grad, weight, out)
 
 
-def weight_product(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
-    """total = grad.T @ hidden, added to what is there if `add`; `total` is float32 for 16-bit factors."""
-    if total.dtype == hidden.dtype:
-        _run("weight", grad, hidden, total, add)
+def weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tensor, *, add: bool, last: bool) -> None:
+    """out = grad.T @ hidden, with what was there before if `add`.
+
+    For 16-bit factors the sum is made in `total`, of float32, and goes to `out` if this product is its `last`; None, if it is
+    the only one.
+    """
+    if hidden.dtype in (torch.float32, torch.float64):
+        _run("weight", grad, hidden, out, add)
     elif hidden.dtype == torch.bfloat16 and _BLOCKS[torch.bfloat16]:
-        _blocks_weight(grad, hidden, total, add)
+        _multiply_blocks(grad, hidden, total, out if last else None, add)
     else:
         # PyTorch rounds products of 16-bit factors to 16 bits: here they are made in float32, a block of classes at a time.
         wide = hidden.float()
         for classes in slices(grad.shape[1], max(1, BLOCK_BYTES // (4 * grad.shape[0]))):
-            _run("weight", grad[:, classes].float(), wide, total[classes], add)
+            factor = grad[:, classes].float()
+            block = wide.new_empty(factor.shape[1], wide.shape[1]) if total is None else total[classes]
+            _run("weight", factor, wide, block, add)
+            if last:
+                out[classes] = block
 
 
 # ---- BLAS: torch.mm --------------------------------------------------------------------------------------------------
@@ -91,8 +99,13 @@ def _onednn_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
 # ---- oneDNN's product of small blocks: the sum stays where it is, in float32 -------------------------------------------
 
 
+def _multiply_blocks(grad: Tensor, hidden: Tensor, total: Tensor | None, rounded: Tensor | None, add: bool) -> None:
+    to = None if rounded is None else describe(rounded, 1)
+    _cpu.transposed_product(_BLOCKS[grad.dtype], _RELEASE, describe(grad, 1), describe(hidden, 1), address(total), add, to)
+
+
 def _blocks_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
-    _cpu.add_transposed_product(_BLOCKS[grad.dtype], _RELEASE, describe(grad, 1), describe(hidden, 1), total.data_ptr(), add)
+    _multiply_blocks(grad, hidden, total, None, add)
 
 
 def _find_blocks(dtype: torch.dtype, mangled: str) -> int:
@@ -105,14 +118,14 @@ def _find_blocks(dtype: torch.dtype, mangled: str) -> int:
         return 0
     if not _RELEASE:
         return 0
-    address = symbol(f"_ZN2at6native7cpublas6brgemmEllllllb{mangled}Pfb")
+    found = symbol(f"_ZN2at6native7cpublas6brgemmEllllllb{mangled}Pfb")
     ones, total = torch.ones((4, 8), dtype=dtype), torch.ones((8, 8))
     try:
-        if address:
-            _cpu.add_transposed_product(address, _RELEASE, describe(ones, 1), describe(ones, 1), total.data_ptr(), True)
+        if found:
+            _cpu.transposed_product(found, _RELEASE, describe(ones, 1), describe(ones, 1), total.data_ptr(), True, None)
     except RuntimeError:  # this build of PyTorch or this CPU has no kernel for it
         return 0
-    return address if bool((total == 5).all()) else 0
+    return found if bool((total == 5).all()) else 0
 
 
 _RELEASE = symbol("_ZN2at6native7cpublas14brgemm_releaseEb")

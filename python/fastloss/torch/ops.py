@@ -156,7 +156,7 @@ def cross_entropy(
         )
         return on_gpu
     dim = options.dim
-    rows = row_shape(logits.shape, dim)
+    rows = row_shape(logits.shape, dim) if keep or reduction == NONE else ()
     # The quickest ways to a scalar and to a small tensor: a small loss takes less time than torch.empty does.
     scalar = _SCALAR[logits.dtype]
     loss = torch.empty_like(scalar) if reduction != NONE else torch.empty(rows, dtype=scalar.dtype, device=CPU)

@@ -45,12 +45,15 @@ class Projection:
         self._kept = kept
         self._hidden = hidden.contiguous() if kept is None else hidden.index_select(0, kept)
         self._weight, self._bias, self._wanted = weight, bias, wanted
-        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0])
+        # Sums over chunks are those of the accumulation type, rounded with the last: one chunk needs none.
+        sums = accumulation_dtype(weight.dtype)
+        summed = wanted.weight and sums != weight.dtype
+        of_sum = weight.numel() * sums.itemsize // weight.element_size() if summed else 0
+        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], of_sum)
         self._room = fresh_matrix((self._size, weight.shape[0]), weight.dtype)
         self._grad_hidden = torch.empty_like(self._hidden) if wanted.hidden else None
-        # Sums over chunks are those of the accumulation type, rounded at the end.
-        sums = accumulation_dtype(weight.dtype)
-        self._sum_weight = fresh_matrix(weight.shape, sums) if wanted.weight else None
+        self._grad_weight = fresh_matrix(weight.shape, weight.dtype) if wanted.weight else None
+        self._sum_weight = fresh_matrix(weight.shape, sums) if summed and self._size < self.tokens else None
         self._sum_bias = torch.zeros(weight.shape[0], dtype=sums) if wanted.bias else None
 
     @property
@@ -73,8 +76,9 @@ class Projection:
         hidden = self._hidden[tokens]
         if self._grad_hidden is not None:
             matmul.hidden_product(grad, self._weight, self._grad_hidden[tokens])
-        if self._sum_weight is not None:
-            matmul.weight_product(grad, hidden, self._sum_weight, add=tokens.start > 0)
+        if self._grad_weight is not None:
+            last = tokens.stop == self.tokens
+            matmul.weight_product(grad, hidden, self._sum_weight, self._grad_weight, add=tokens.start > 0, last=last)
         if self._sum_bias is not None:
             self._sum_bias += grad.sum(0, dtype=self._sum_bias.dtype)
 
@@ -84,10 +88,8 @@ class Projection:
         by_hidden, by_weight, by_bias = (self._weight.new_empty(0) for _ in range(3))
         if self._grad_hidden is not None:
             by_hidden = spread(self._grad_hidden, self._kept, self._all_tokens)
-        if self._sum_weight is not None:
-            by_weight = self._sum_weight if self.tokens else self._sum_weight.zero_()
-        if by_weight.dtype != dtype:
-            by_weight = fresh_matrix(by_weight.shape, dtype).copy_(by_weight)
+        if self._grad_weight is not None:
+            by_weight = self._grad_weight if self.tokens else self._grad_weight.zero_()
         if self._sum_bias is not None:
             by_bias = self._sum_bias.to(dtype)
         return [by_hidden, by_weight, by_bias]
