@@ -53,7 +53,8 @@ void transpose(const SparseRows& sparse, Dtype values, const SparseRows& out) {
 
 namespace {
 
-constexpr int64_t kBlockClasses = 128;  // classes of one block: its factor stays in L2
+constexpr int64_t kBlockClasses = 128;  // classes of one block
+constexpr int64_t kPieceTokens = 2048;  // tokens of one product: their factor of a block stays in L2
 constexpr int64_t kPanelFeatures = 64;  // features of one product: what a block of registers holds
 
 // How many tokens lie side by side in a packed factor: a dot product of bfloat16 takes them in pairs.
@@ -101,20 +102,29 @@ void product_of(BlockProduct product, const Tensor& grad, const Tensor& hidden, 
   const bool stream = rounded && classes * features * itemsize_of(rounded.dtype) >= kStreamBytes;
   parallel_for((classes + kBlockClasses - 1) / kBlockClasses, get_num_threads(), [&](int64_t block) {
     thread_local std::vector<T> factor;
-    factor.assign(kBlockClasses * whole, T(0));
+    thread_local std::vector<float> own;  // sums, where there is no total
     const int64_t first = block * kBlockClasses;
     const int64_t count = std::min(kBlockClasses, classes - first);
-    transpose_block(reinterpret_cast<const T*>(grad.data) + first, tokens, grad.strides[0], count, whole, factor.data());
-    for (int64_t feature = 0; feature < features; feature += kPanelFeatures) {
-      const int64_t width = std::min(kPanelFeatures, features - feature);
-      float panel[kBlockClasses * kPanelFeatures];
-      float* const sums = total ? total + first * features + feature : panel;
-      const int64_t step = total ? features : width;
-      product.multiply(count, width, whole, whole, width, step, add, factor.data(), panels.data() + feature * whole, sums,
-                       kTogether<T> > 1);
-      if (!rounded) continue;
-      const Tile to{rounded.data + (first * features + feature) * itemsize_of(rounded.dtype), rounded.dtype, features, 1};
-      kernels().f32.round(sums, step, count, static_cast<int>(width), to, stream);
+    const bool one_piece = whole <= kPieceTokens;
+    if (!total) own.resize(kBlockClasses * (one_piece ? kPanelFeatures : features));
+    for (int64_t begin = 0; begin < whole; begin += kPieceTokens) {
+      const int64_t length = std::min(kPieceTokens, whole - begin);
+      const bool last = begin + length == whole;
+      factor.assign(kBlockClasses * length, T(0));
+      transpose_block(reinterpret_cast<const T*>(grad.data) + begin * grad.strides[0] + first, std::min(length, tokens - begin),
+                      grad.strides[0], count, length, factor.data());
+      for (int64_t feature = 0; feature < features; feature += kPanelFeatures) {
+        const int64_t width = std::min(kPanelFeatures, features - feature);
+        float* const sums = total       ? total + first * features + feature
+                            : one_piece ? own.data()
+                                        : own.data() + feature * kBlockClasses;
+        const int64_t step = total ? features : width;
+        product.multiply(count, width, length, length, width, step, add || begin > 0, factor.data(),
+                         panels.data() + feature * whole + begin * width, sums, kTogether<T> > 1);
+        if (!rounded || !last) continue;
+        const Tile to{rounded.data + (first * features + feature) * itemsize_of(rounded.dtype), rounded.dtype, features, 1};
+        kernels().f32.round(sums, step, count, static_cast<int>(width), to, stream);
+      }
     }
     product.release(kTogether<T> > 1);
   });

@@ -256,7 +256,7 @@ def test_each_library_gives_the_product(library, monkeypatch):
 
 
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "no blocks"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 129, 65), (32, 300, 64), (33, 128, 200)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 129, 65), (32, 300, 64), (33, 128, 200), (2049, 130, 70)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_weight_products_are_sums_in_float32_rounded_once(dtype, shape, blocks, monkeypatch):
     tokens, classes, features = shape

@@ -103,8 +103,9 @@ def linear_cross_entropy(
             `torch.optim.SparseAdam` and `torch.optim.SGD` take them. Each row has the bits of the dense gradient, which is not
             made. Not under `torch.compile` or `torch.func`, nor for second derivatives. On a GPU, backward waits for the number
             of such classes.
-        chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits, on a GPU 512 MiB or what
-            takes no more memory in all.
+        chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits, on a GPU 512 MiB. All of
+            them, where a 16-bit gradient by the weights is made and one chunk takes no more memory than the float32 sum over
+            several, which it does not need; on a GPU also what takes no more memory in all.
 
     Returns:
         The loss: float64 for float64 inputs and else float32; a scalar, or one number a token for ``"none"``.
