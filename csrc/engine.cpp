@@ -93,7 +93,7 @@ class Run {
   Run(const Sweep& sweep, int64_t rows)
       : s_(sweep),
         kernels_(kernels_for(sweep.logits.dtype)),
-        layout_(tensors(sweep)),
+        layout_(sweep.logits, sweep.soft, sweep.grad),
         tiling_(layout_, rows, sweep.logits, sweep.grad),
         blocks_((sweep.pass.classes + kBlock - 1) / kBlock),
         threads_(rows * sweep.pass.classes < kSerialElements ? 1 : get_num_threads()),
@@ -120,13 +120,6 @@ class Run {
   }
 
  private:
-  static std::vector<const Tensor*> tensors(const Sweep& s) {
-    std::vector<const Tensor*> list{&s.logits};
-    if (s.soft) list.push_back(&s.soft);
-    if (s.grad) list.push_back(&s.grad);
-    return list;
-  }
-
   // Few rows: each phase shares the blocks of all tiles among the threads.
   void run_split() {
     const int64_t parts = std::min<int64_t>(blocks_, threads_ * kTasksPerThread);
@@ -146,13 +139,9 @@ class Run {
   void begin(int64_t tile, TileWork& w) const {
     w.first_row = tiling_.first_row(tile);
     w.rows = tiling_.rows(tile);
-    size_t tensor = 0;
-    w.logits = layout_.tile(tensor, w.first_row);
-    if (s_.soft)
-      w.soft = layout_.tile(++tensor, w.first_row);
-    else
-      w.soft = Tile{};
-    if (s_.grad) w.grad = layout_.tile(++tensor, w.first_row);
+    w.logits = layout_.tile(RowLayout::kLogits, w.first_row);
+    w.soft = layout_.tile(RowLayout::kSoft, w.first_row);
+    w.grad = layout_.tile(RowLayout::kGrad, w.first_row);
     const size_t k = s_.targets ? s_.targets.k : 0;
     const size_t ids = w.rows * k;
     w.ids.resize(ids);
@@ -256,7 +245,7 @@ class Run {
     const Sampling sampling{row_threshold(s_.sampled->threshold, c, k ? *g : 0.0, s_.pass.transform.inv_temperature),
                             random_key(s_.sampled->seed, s_.sampled->token[row])};
     const TargetIds id{static_cast<int>(k), w.ids.data() + r * k};
-    const Tile logits = layout_.tile(0, row), soft = s_.soft ? layout_.tile(1, row) : Tile{};
+    const Tile logits = layout_.tile(RowLayout::kLogits, row), soft = layout_.tile(RowLayout::kSoft, row);
     Kept<A> kept[kBlock];
     for (int64_t block = 0; block < blocks_; ++block) {
       const int count = kernels_.sample(s_.pass, logits, soft, block, c, id, g, w.scanned, sampling, kept, scratch());
@@ -287,7 +276,7 @@ void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& o
                          const std::function<double(int64_t row, RowStats& stats)>& row_scale) {
   const int64_t rows = row_count(logits);
   if (rows == 0) return;
-  const RowLayout layout({&logits, &out});
+  const RowLayout layout(logits, {}, out);
   const Tiling tiling(layout, rows, logits, out);
   const int threads = rows * pass.classes < kSerialElements ? 1 : get_num_threads();
   parallel_for(tiling.count(), threads, [&](int64_t tile) {
@@ -296,8 +285,8 @@ void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& o
     const int64_t first = tiling.first_row(tile);
     for (int r = 0; r < tiling.rows(tile); ++r) scale[r] = row_scale(first + r, stats[r]);
     kernels_for(logits.dtype)
-        .soft_gradient(pass, layout.tile(0, first), tiling.rows(tile), 0, (pass.classes + kBlock - 1) / kBlock, stats, scale,
-                       layout.tile(1, first), scratch());
+        .soft_gradient(pass, layout.tile(RowLayout::kLogits, first), tiling.rows(tile), 0, (pass.classes + kBlock - 1) / kBlock,
+                       stats, scale, layout.tile(RowLayout::kGrad, first), scratch());
   });
 }
 

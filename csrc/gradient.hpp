@@ -169,8 +169,8 @@ void gradient_panels(const Pass& pass, const Tile& logits, const Tile& soft, int
       }
     };
     // 16-bit logits that are looked at once are read where they lie.
-    const bool unstaged = plain && !scanned.powers && direct && sizeof(Out) == 2 && logits.dtype == grad.dtype &&
-                          is_panel(pass, logits, rows, n);
+    const bool unstaged =
+        plain && !scanned.powers && direct && sizeof(Out) == 2 && logits.dtype == grad.dtype && is_panel(pass, logits, rows, n);
     Staged<A> staged = {nullptr, O::padded(n) * O::kRows};
     if (scanned.powers) {
       staged.z = powers_of<O>(pass, scanned, rows, block);

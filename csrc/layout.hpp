@@ -2,7 +2,6 @@
 // How the rows of tensors lie in memory.
 #pragma once
 
-#include <utility>
 #include <vector>
 
 #include "engine.hpp"
@@ -17,54 +16,57 @@ inline int64_t row_count(const Tensor& tensor) {
   return rows;
 }
 
-// The axes of the rows of several tensors at once, those that lie behind each other in all of them merged into one.
+// The axes of the rows of the tensors of a call, those that lie behind each other in all of them merged into one.
 class RowLayout {
  public:
-  explicit RowLayout(std::vector<const Tensor*> tensors) : tensors_(std::move(tensors)) {
-    const Tensor& first = *tensors_.front();
-    for (size_t d = 0; d < first.shape.size(); ++d) {
-      if (static_cast<int>(d) == first.axis || first.shape[d] == 1) continue;
-      std::vector<int64_t> strides;
-      for (const Tensor* tensor : tensors_) strides.push_back(tensor->strides[d]);
-      if (!extents_.empty() && merges(strides, first.shape[d])) {
-        extents_.back() *= first.shape[d];
-        strides_.back() = strides;
+  enum Part { kLogits, kSoft, kGrad, kParts };
+  struct Axis {
+    int64_t extent = 1;
+    int64_t stride[kParts] = {};
+  };
+
+  // `soft` and `grad` may be empty.
+  RowLayout(const Tensor& logits, const Tensor& soft, const Tensor& grad)
+      : tensors_{&logits, soft ? &soft : nullptr, grad ? &grad : nullptr} {
+    axes_.reserve(logits.shape.size());
+    for (size_t d = 0; d < logits.shape.size(); ++d) {
+      if (static_cast<int>(d) == logits.axis || logits.shape[d] == 1) continue;
+      Axis axis{logits.shape[d], {}};
+      for (int part = 0; part < kParts; ++part) axis.stride[part] = tensors_[part] ? tensors_[part]->strides[d] : 0;
+      if (!axes_.empty() && lies_inside(axis)) {
+        axis.extent *= axes_.back().extent;
+        axes_.back() = axis;
       } else {
-        extents_.push_back(first.shape[d]);
-        strides_.push_back(strides);
+        axes_.push_back(axis);
       }
     }
-    if (extents_.empty()) {
-      extents_.push_back(1);
-      strides_.emplace_back(tensors_.size(), 0);
-    }
+    if (axes_.empty()) axes_.emplace_back();
   }
 
-  int64_t inner() const { return extents_.back(); }
-  const std::vector<int64_t>& extents() const { return extents_; }
-  int64_t stride(size_t axis, size_t tensor) const { return strides_[axis][tensor]; }
+  const std::vector<Axis>& axes() const { return axes_; }
+  int64_t inner() const { return axes_.back().extent; }
 
-  Tile tile(size_t tensor, int64_t row) const {
-    const Tensor& t = *tensors_[tensor];
+  // From this row on; empty for a tensor that is.
+  Tile tile(Part part, int64_t row) const {
+    if (!tensors_[part]) return {};
+    const Tensor& t = *tensors_[part];
     int64_t offset = 0;
-    for (size_t d = extents_.size(); d-- > 0;) {
-      offset += row % extents_[d] * strides_[d][tensor];
-      row /= extents_[d];
-    }
-    return {t.data + offset * itemsize_of(t.dtype), t.dtype, strides_.back()[tensor], t.strides[t.axis]};
+    for (size_t d = axes_.size(); d-- > 1; row /= axes_[d].extent) offset += row % axes_[d].extent * axes_[d].stride[part];
+    offset += row * axes_[0].stride[part];
+    return {t.data + offset * itemsize_of(t.dtype), t.dtype, axes_.back().stride[part], t.strides[t.axis]};
   }
 
  private:
-  bool merges(const std::vector<int64_t>& strides, int64_t extent) const {
-    for (size_t i = 0; i < strides.size(); ++i) {
-      if (strides_.back()[i] != strides[i] * extent) return false;
+  // One step along the last axis so far is as long as all of this one.
+  bool lies_inside(const Axis& axis) const {
+    for (int part = 0; part < kParts; ++part) {
+      if (axes_.back().stride[part] != axis.stride[part] * axis.extent) return false;
     }
     return true;
   }
 
-  std::vector<const Tensor*> tensors_;
-  std::vector<int64_t> extents_;
-  std::vector<std::vector<int64_t>> strides_;  // [axis][tensor]
+  const Tensor* tensors_[kParts];
+  std::vector<Axis> axes_;
 };
 
 }  // namespace fastloss

@@ -43,27 +43,27 @@ bool adjacent(const Tensor& tensor) { return !tensor || tensor.strides[tensor.ax
 
 Problem problem(const Tensor& logits, const Tensor& soft, const Tensor& grad, const Targets& targets,
                 const Transform& transform) {
-  std::vector<const Tensor*> tensors{&logits};
-  std::vector<Matrix Problem::*> places{&Problem::logits};
-  if (soft) tensors.push_back(&soft), places.push_back(&Problem::soft);
-  if (grad) tensors.push_back(&grad), places.push_back(&Problem::grad);
-  const RowLayout layout(tensors);
-  if (layout.extents().size() > kMaxAxes) {
-    throw std::invalid_argument("the rows of the logits lie along " + std::to_string(layout.extents().size()) +
+  const RowLayout layout(logits, soft, grad);
+  const std::vector<RowLayout::Axis>& axes = layout.axes();
+  if (axes.size() > kMaxAxes) {
+    throw std::invalid_argument("the rows of the logits lie along " + std::to_string(axes.size()) +
                                 " axes that cannot be merged, more than " + std::to_string(kMaxAxes));
   }
   Problem p;
   p.rows = row_count(logits);
   p.classes = logits.shape[logits.axis];
-  p.axes = static_cast<int>(layout.extents().size());
-  std::copy(layout.extents().begin(), layout.extents().end(), p.extents);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    Matrix& matrix = p.*places[i];
-    matrix.data = tensors[i]->data;
-    matrix.dtype = tensors[i]->dtype;
-    matrix.class_step = tensors[i]->strides[tensors[i]->axis];
-    for (int axis = 0; axis < p.axes; ++axis) matrix.steps[axis] = layout.stride(axis, i);
-  }
+  p.axes = static_cast<int>(axes.size());
+  for (int axis = 0; axis < p.axes; ++axis) p.extents[axis] = axes[axis].extent;
+  const auto place = [&](const Tensor& tensor, RowLayout::Part part, Matrix& matrix) {
+    if (!tensor) return;
+    matrix.data = tensor.data;
+    matrix.dtype = tensor.dtype;
+    matrix.class_step = tensor.strides[tensor.axis];
+    for (int axis = 0; axis < p.axes; ++axis) matrix.steps[axis] = axes[axis].stride[part];
+  };
+  place(logits, RowLayout::kLogits, p.logits);
+  place(soft, RowLayout::kSoft, p.soft);
+  place(grad, RowLayout::kGrad, p.grad);
   p.transform = transform;
   p.ids = {targets.data, targets.itemsize, targets ? targets.k : 0};
   p.adjacent = adjacent(logits) && adjacent(grad);
