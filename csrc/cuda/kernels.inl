@@ -97,7 +97,7 @@ scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_A
             FASTLOSS_ARGUMENT GradientSource source) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
-  FASTLOSS_SHARED Part parts[kPlaces<kAdjacent>];
+  FASTLOSS_SHARED(Part[kPlaces<kAdjacent>], parts);
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   const bool skip = !at.there || (loss.wanted && label_of<A>(p, loss, at.row).ignored);
@@ -114,7 +114,7 @@ scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_A
     finish_row<T, V>(p, loss, out, at.row, stats, shared.lane, shared.lanes);
   }
   if constexpr (kGradient) {
-    FASTLOSS_SHARED GradientRow coefficients[kPlaces<kAdjacent>];
+    FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
     double g = 0.0;
     if (shared.is_leader && at.there) {
       coefficients[shared.row(at)] = coefficients_of<A>(p, loss, source, loss.saved, at.row, g);
@@ -142,7 +142,7 @@ FASTLOSS_KERNEL(kThreads, (kFull ? 1 : 2))
 gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source,
                 const double* saved) {
   using V = typename AccumulatedIn<T>::V;
-  FASTLOSS_SHARED GradientRow coefficients[kPlaces<kAdjacent>];
+  FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   double g = 0.0;
@@ -159,7 +159,7 @@ FASTLOSS_KERNEL(kThreads, 1)
 rank_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Statistics out) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
-  FASTLOSS_SHARED double counts[kPlaces<kAdjacent>];
+  FASTLOSS_SHARED(double[kPlaces<kAdjacent>], counts);
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   const T* row = row_of<const T>(p, p.logits, at.there ? at.row : 0);

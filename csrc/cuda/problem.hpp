@@ -8,8 +8,9 @@ namespace fastloss {
 
 constexpr int kThreads = 256;  // of a block
 constexpr int kOneTripThreads =
-    512;                      // of one that comes back to its row: fewer rows at a time, so that all stay in the L2 cache
-constexpr int kMaxAxes = 16;  // of rows that do not lie behind each other
+    512;                           // of one that comes back to its row: fewer rows at a time, so that all stay in the L2 cache
+constexpr int kMostOfCluster = 8;  // blocks; what every GPU with clusters takes
+constexpr int kMaxAxes = 16;       // of rows that do not lie behind each other
 
 // The rows of one tensor: `steps` along each axis of rows, in elements.
 struct Matrix {
