@@ -46,8 +46,8 @@ struct Problem {
   bool adjacent = true;
   int threads = kThreads;
   int warps_per_row = 1;  // warps of a block that share a row, or 32 rows
-  int parts = 1;          // blocks that share them
-  Part* part = nullptr;   // [rows][parts * warps_per_row], where there is more than one part
+  int parts = 1;          // blocks that share them: in one trip a cluster of blocks
+  Part* part = nullptr;   // [rows][parts * warps_per_row], where the parts are merged by another kernel
 };
 
 // Whether a row needs more than exponentials of its logits as they are.

@@ -65,4 +65,6 @@ void sum_rows(const Problem& p, const Loss& loss, const Sums& sums, cudaStream_t
   launch(finish_sums_kernel, {1, 1, kThreads}, stream, sums, blocks);
 }
 
+bool have_clusters() { return compiled_for_clusters(finish_sums_kernel); }
+
 }  // namespace fastloss
