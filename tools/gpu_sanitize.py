@@ -4,6 +4,8 @@
 import torch
 
 import fastloss.torch as fl
+from fastloss._options import MEAN
+from fastloss.torch import ops
 
 OPTIONS = ({}, {"label_smoothing": 0.1, "softcap": 5.0, "z_loss": 1e-3})
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,6 +30,9 @@ def main() -> None:
                 fl.cross_entropy(logits, soft, **options).backward()
                 stats = fl.logit_stats(logits, target, dim=dim, want=("logprob", "entropy", "rank"))
                 (stats.logprob + stats.entropy).sum().backward()
+            rows = torch.cuda.get_device_properties(0).multi_processor_count // 8  # taken by clusters, where there are any
+            logits, target = random(rows, 140_001, dtype=dtype), torch.randint(140_001, (rows,), device="cuda")
+            ops.cross_entropy(logits, target, None, None, ops.Options(1, **options), MEAN, None, False, logits)
             for features in (24, 25):
                 hidden, weight = random(40, features, dtype=dtype), random(901, features, dtype=dtype)
                 bias, target = random(901, dtype=dtype), torch.randint(901, (40,), device="cuda")

@@ -22,7 +22,12 @@ DeviceUpstream upstream_of(const Upstream& upstream) { return {upstream.data, up
 Device::Device(int index, uintptr_t stream) : index_(index), stream_(reinterpret_cast<cudaStream_t>(stream)) {
   check(cudaGetDevice(&before_), "no CUDA device");
   if (before_ != index_) check(cudaSetDevice(index_), "cudaSetDevice");
-  check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, index_), "cudaDeviceGetAttribute");
+  const auto ask = [this](int& value, cudaDeviceAttr attribute) {
+    check(cudaDeviceGetAttribute(&value, attribute, index_), "cudaDeviceGetAttribute");
+  };
+  ask(gpu_.multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(gpu_.l2_bytes, cudaDevAttrL2CacheSize);
+  ask(gpu_.clusters, cudaDevAttrClusterLaunch);
 }
 
 Device::~Device() {
@@ -38,18 +43,18 @@ int device_count() {
   return count;
 }
 
-Plan plan_of(const Tensor& logits, const Device& device) {
-  Problem p = problem(logits, {}, {}, {}, {});
-  plan(p, device.multiprocessors(), true);
-  return {p.threads, p.warps_per_row, p.parts};
+Plan plan_of(const Tensor& logits, const Tensor& grad, const Device& device) {
+  Problem p = problem(logits, {}, grad, {}, {});
+  const bool one_trip = plan_loss(p, device.gpu());
+  return {p.threads, p.warps_per_row, p.parts, one_trip};
 }
 
 size_t workspace_bytes(const Tensor& logits, const Device& device) {
   Problem p = problem(logits, {}, {}, {}, {});
-  plan(p, device.multiprocessors(), true);
+  plan(p, device.gpu().multiprocessors, true);
   size_t bytes = Workspace(p, nullptr).bytes;
   p.adjacent = !p.adjacent;  // as it is where the gradient lies otherwise
-  plan(p, device.multiprocessors(), true);
+  plan(p, device.gpu().multiprocessors, true);
   return std::max(bytes, Workspace(p, nullptr).bytes);
 }
 
@@ -59,7 +64,7 @@ void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const doub
   const cudaStream_t stream = device.stream();
   const KernelTable& kernels = table(call.logits.dtype);
   Problem p = loss_problem(call, grad);
-  const bool one_trip = plan_loss(p, device.multiprocessors());
+  const bool one_trip = plan_loss(p, device.gpu());
   const Workspace room(p, memory);
   p.part = room.parts;
   const bool reduced = reduction != Reduction::kNone;
@@ -77,7 +82,7 @@ void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const doub
   const GradientSource source{scale, {}, nullptr, nullptr};
   if (one_trip) sum_rows(p, loss, sums, stream);  // the gradient asks for the denominator before the losses are there
   kernels.scan(p, loss, {}, one_trip ? &source : nullptr, stream);
-  if (p.parts > 1) kernels.merge(p, loss, {}, stream);
+  if (p.parts > 1 && !one_trip) kernels.merge(p, loss, {}, stream);
   if (!one_trip || reduced) {
     sums.losses = reduced ? room.losses : nullptr;
     sums.loss = reduced ? loss_out : nullptr;
@@ -90,7 +95,7 @@ void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, c
                             const Tensor& grad, const Device& device) {
   check_gradient(call.logits, grad);
   Problem p = loss_problem(call, grad);
-  plan(p, device.multiprocessors(), true);
+  plan(p, device.gpu().multiprocessors, true);
   table(call.logits.dtype).gradient(p, loss_of(call), {scale, upstream_of(upstream), nullptr, nullptr}, saved, device.stream());
 }
 
@@ -99,7 +104,7 @@ void soft_target_gradient(const CrossEntropyCall& call, const double* scale, con
   Problem p = problem(call.logits, {}, out, {}, call.transform);
   p.adjacent = adjacent(call.logits);  // what is written goes one by one anyway
   p.weight = call.weight;
-  plan(p, device.multiprocessors(), true);
+  plan(p, device.gpu().multiprocessors, true);
   table(call.logits.dtype)
       .soft_gradient(p, loss_of(call), {scale, upstream_of(upstream), nullptr, nullptr}, saved, device.stream());
 }
@@ -109,7 +114,7 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   Problem p = problem(logits, {}, {}, targets, transform);
   p.want = (out.entropy ? kWantEntropy : 0) | (out.sum_sq_prob ? kWantSumSq : 0) | (out.mean_logit ? kWantWeighted : 0) |
            (out.argmax ? kWantArgmax : 0);
-  plan(p, device.multiprocessors(), true);
+  plan(p, device.gpu().multiprocessors, true);
   const Workspace room(p, memory);
   p.part = room.parts;
   const KernelTable& kernels = table(logits.dtype);
@@ -130,7 +135,7 @@ void stats_gradient(const Tensor& logits, const double* saved, const double* coe
     throw std::invalid_argument("more than one target a row: the gradient needs memory of its own");
   }
   Problem p = problem(logits, {}, grad, targets, transform);
-  plan(p, device.multiprocessors(), true);
+  plan(p, device.gpu().multiprocessors, true);
   table(logits.dtype).gradient(p, {}, {nullptr, {}, coefficients, g}, saved, device.stream());
 }
 

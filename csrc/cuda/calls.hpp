@@ -10,6 +10,12 @@
 
 namespace fastloss::cuda {
 
+// What a plan asks of a GPU.
+struct Gpu {
+  int multiprocessors = 0, l2_bytes = 0;
+  int clusters = 0;  // whether it has clusters of blocks
+};
+
 // The GPU and the stream of a call. The GPU that was current before is so again at the end.
 class Device {
  public:
@@ -18,20 +24,24 @@ class Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
   cudaStream_t stream() const { return stream_; }
-  int multiprocessors() const { return multiprocessors_; }
+  const Gpu& gpu() const { return gpu_; }
 
  private:
-  int before_ = 0, index_, multiprocessors_ = 0;
+  int before_ = 0, index_;
+  Gpu gpu_;
   cudaStream_t stream_;
 };
 
 int device_count();  // 0 without a driver
 
-// How the threads of the GPU share the rows: threads of a block, warps of it that share a row, blocks that do.
+// How the threads of the GPU share the rows: threads of a block, warps of it that share a row, blocks that do; and whether they
+// make loss and gradient in one trip.
 struct Plan {
   int threads, warps_per_row, parts;
+  bool one_trip;
 };
-Plan plan_of(const Tensor& logits, const Device& device);
+// Of a plain cross-entropy; `grad` may be empty.
+Plan plan_of(const Tensor& logits, const Tensor& grad, const Device& device);
 size_t workspace_bytes(const Tensor& logits, const Device& device);
 
 // `scale` becomes 1 / denominator, by which the gradient is multiplied: the one that the function of the CPU returns.

@@ -12,7 +12,7 @@
 
 #include "../simd/scalar.hpp"
 
-#define FASTLOSS_SHARED __shared__
+#define FASTLOSS_SHARED(type, name) __shared__ SharedType<type> name
 // Of so many threads a block at most, and registers for so many blocks a multiprocessor.
 #define FASTLOSS_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FASTLOSS_ARGUMENT const __grid_constant__
@@ -51,6 +51,9 @@ __device__ inline void put(float x, BF16& out) { out.bits = __bfloat16_as_ushort
 __device__ inline void put(float x, float& out) { out = x; }
 __device__ inline void put(double x, double& out) { out = x; }
 
+template <class T>
+using SharedType = T;  // an array's, too: it stands before the name
+
 // All lanes of a warp call these together.
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -64,6 +67,36 @@ __device__ inline T from_lane(T value, int lane) {
   return __shfl_sync(kAllLanes, value, lane);
 }
 
+// All threads of the blocks of a cluster call these. Arriving early and waiting late tells only that all blocks have begun,
+// before which their shared memory is not theirs.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// Like __syncthreads(): what was written before, to any memory, can be seen after it.
+__device__ inline void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+  cluster_wait();
+}
+
+// A shared variable as another block of the cluster has it: a whole one, not a part of it.
+template <class T>
+__device__ inline T& in_block(T& shared, [[maybe_unused]] int block) {
+  T* there = &shared;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.u64 %0, %0, %1;" : "+l"(there) : "r"(block));
+#endif
+  return *there;
+}
+
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string(what) + ": CUDA error " + std::to_string(static_cast<int>(status)) + ", " +
@@ -72,16 +105,33 @@ inline void check(cudaError_t status, const char* what) {
 
 struct LaunchShape {
   int64_t blocks;
-  int parts;    // gridDim.y
-  int threads;  // a block
+  int parts;              // gridDim.y
+  int threads;            // a block
+  bool clusters = false;  // the parts of each block are one
 };
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
   if (shape.blocks == 0 || shape.parts == 0) return;
   const dim3 grid(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.parts));
+  if (shape.clusters) {
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {1, grid.y, 1};
+    cudaLaunchConfig_t config = {grid, static_cast<unsigned>(shape.threads), 0, stream, &cluster, 1};
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), "kernel launch");
+    return;
+  }
   kernel<<<grid, shape.threads, 0, stream>>>(arguments...);
   check(cudaGetLastError(), "kernel launch");
+}
+
+// Whether the code of a kernel that this GPU runs has clusters: it may have been compiled for older ones.
+template <class... Parameters>
+bool compiled_for_clusters(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90;
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 namespace fastloss {
 
 struct KernelTable {
-  // Loss or statistics of all rows; with `source`, the gradient too (then a row has one part).
+  // Loss or statistics of all rows; with `source`, the gradient too. Then the parts of a row are the blocks of a cluster.
   void (*scan)(const Problem&, const Loss&, const Statistics&, const GradientSource* source, cudaStream_t);
   // What a scan of several parts a row left.
   void (*merge)(const Problem&, const Loss&, const Statistics&, cudaStream_t);
@@ -43,5 +43,8 @@ struct Sums {
   Dtype loss_dtype = kF32;
 };
 void sum_rows(const Problem&, const Loss&, const Sums&, cudaStream_t);
+
+// Whether the kernels that the current GPU runs were compiled for one with clusters.
+bool have_clusters();
 
 }  // namespace fastloss

@@ -85,37 +85,41 @@ struct SharedRow {
         lanes(kAdjacent ? kWarp : 1) {}
   __device__ int row(const Place& at) const { return at.slot * kStep + column; }
   __device__ int part(const Problem& p, const Place& at) const {
-    return (at.slot * p.warps_per_row + at.warp) * kStep + column;
+    return ((at.slot * p.parts + at.part) * p.warps_per_row + at.warp) * kStep + column;
   }
 };
 
 // All of a row in one block: its statistics, and with kGradient the gradient as well, which finds the row in the cache.
-// More parts a row: each block leaves its sums for merge_kernel.
+// More parts a row: each block leaves its sums for merge_kernel; or with kGradient for the first block of its cluster.
 template <class T, bool kAdjacent, bool kFull, bool kGradient>
 FASTLOSS_KERNEL((kAdjacent && kGradient && !kFull ? kOneTripThreads : kThreads), (kGradient || kFull ? 1 : 3))
 scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT Statistics out,
             FASTLOSS_ARGUMENT GradientSource source) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
-  FASTLOSS_SHARED Part parts[kPlaces<kAdjacent>];
+  FASTLOSS_SHARED(Part[kPlaces<kAdjacent> * (kAdjacent && kGradient ? kMostOfCluster : 1)], parts);
   const Place at = place(p);
+  const bool in_cluster = kAdjacent && kGradient && p.parts > 1;
+  if (in_cluster) cluster_arrive();  // early: the wait comes when all have long begun
   const SharedRow<kAdjacent> shared(at);
   const bool skip = !at.there || (loss.wanted && label_of<A>(p, loss, at.row).ignored);
   const Part part = scan<T, V, kAdjacent, kFull>(p, at, skip);
   const bool speaks = !kAdjacent || shared.lane == 0;
-  if (p.parts > 1) {
+  if (!kGradient && p.parts > 1) {
     if (speaks && at.there) p.part[(at.row * p.parts + at.part) * p.warps_per_row + at.warp] = part;
     return;
   }
-  if (speaks) parts[shared.part(p, at)] = part;
-  __syncthreads();
-  if (at.warp == 0 && at.there) {
-    const RowStats stats = merge_parts<kAdjacent>(parts + shared.part(p, at), p.warps_per_row, shared.kStep);
+  if (in_cluster) cluster_wait();
+  if (speaks) (in_cluster ? in_block(parts, 0) : parts)[shared.part(p, at)] = part;
+  in_cluster ? sync_cluster() : __syncthreads();
+  if (at.warp == 0 && at.part == 0 && at.there) {
+    const RowStats stats = merge_parts<kAdjacent>(parts + shared.part(p, at), p.parts * p.warps_per_row, shared.kStep);
     finish_row<T, V>(p, loss, out, at.row, stats, shared.lane, shared.lanes);
   }
   if constexpr (kGradient) {
-    FASTLOSS_SHARED GradientRow coefficients[kPlaces<kAdjacent>];
+    FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
     double g = 0.0;
+    if (in_cluster) sync_cluster();  // what the first block saved; it has read the target's logit, wherever that is
     if (shared.is_leader && at.there) {
       coefficients[shared.row(at)] = coefficients_of<A>(p, loss, source, loss.saved, at.row, g);
     }
@@ -142,7 +146,7 @@ FASTLOSS_KERNEL(kThreads, (kFull ? 1 : 2))
 gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source,
                 const double* saved) {
   using V = typename AccumulatedIn<T>::V;
-  FASTLOSS_SHARED GradientRow coefficients[kPlaces<kAdjacent>];
+  FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   double g = 0.0;
@@ -159,7 +163,7 @@ FASTLOSS_KERNEL(kThreads, 1)
 rank_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Statistics out) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
-  FASTLOSS_SHARED double counts[kPlaces<kAdjacent>];
+  FASTLOSS_SHARED(double[kPlaces<kAdjacent>], counts);
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   const T* row = row_of<const T>(p, p.logits, at.there ? at.row : 0);
@@ -234,7 +238,9 @@ template <class T>
 void launch_scan(const Problem& p, const Loss& loss, const Statistics& out, const GradientSource* source, cudaStream_t stream) {
   choose(p, is_full(p), [&](auto adjacent, auto full) {
     if (source) {
-      launch(scan_kernel<T, adjacent.value, full.value, true>, shape_of(p), stream, p, loss, out, *source);
+      LaunchShape shape = shape_of(p);
+      shape.clusters = p.parts > 1;
+      launch(scan_kernel<T, adjacent.value, full.value, true>, shape, stream, p, loss, out, *source);
     } else {
       launch(scan_kernel<T, adjacent.value, full.value, false>, shape_of(p), stream, p, loss, out, GradientSource{});
     }

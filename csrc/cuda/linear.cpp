@@ -33,7 +33,7 @@ void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void
   if (grad) check_gradient(call.logits, grad);
   const KernelTable& kernels = table(call.logits.dtype);
   Problem p = loss_problem(call, grad);
-  const bool one_trip = plan_loss(p, device.multiprocessors());
+  const bool one_trip = plan_loss(p, device.gpu());
   p.part = Workspace(p, memory).parts;
   Loss loss = loss_of(call);
   loss.losses = losses;
@@ -41,7 +41,7 @@ void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void
   loss.saved = saved;
   const GradientSource source{scale, {}, nullptr, nullptr};
   kernels.scan(p, loss, {}, one_trip ? &source : nullptr, device.stream());
-  if (p.parts > 1) kernels.merge(p, loss, {}, device.stream());
+  if (p.parts > 1 && !one_trip) kernels.merge(p, loss, {}, device.stream());
   if (grad && !one_trip) kernels.gradient(p, loss, source, saved, device.stream());
 }
 
@@ -69,7 +69,7 @@ void scale(const Dense& numbers, Dtype dtype, const Upstream& upstream, const De
   p.logits.data = numbers.data;
   p.logits.dtype = dtype;
   p.extents[0] = 1;
-  plan(p, device.multiprocessors(), true, std::numeric_limits<int>::max());  // nothing is merged: as many as fill the GPU
+  plan(p, device.gpu().multiprocessors, true, std::numeric_limits<int>::max());  // nothing is merged: as many as fill the GPU
   p.warps_per_row = kThreads / 32;
   table(dtype).scale(p, {upstream.data, upstream.dtype, 0}, device.stream());
 }

@@ -16,12 +16,31 @@ constexpr int64_t kWarpBytes = 4 * kWarp * kVector;  // what a warp loads at a t
 constexpr int64_t kPartBytes = 16 * kWarpBytes;      // a row is split into no less
 constexpr int kBlocksOfMultiprocessor = 2;           // fewer blocks than these: split the rows
 constexpr int64_t kStridedClasses = 8;               // a thread's, at a time
+constexpr int kMultiprocessorsOfBlock = 8;           // of a cluster, at least: small GPUs may take none of 8
 
 // The largest power of two that is at most `value`, between 1 and `most`.
 int power_of_two(int64_t value, int most) {
   int power = 1;
   while (2 * power <= std::min<int64_t>(value, most)) power *= 2;
   return power;
+}
+
+// The fewest blocks a row with which the rows in flight, one block a multiprocessor, take at most half of the L2 cache, and the
+// last rows leave at most a quarter of the GPU idle; 0 where no number does, or there are no clusters. The other half is for
+// the gradient, which goes through the cache as well where it has memory of its own; idle for a quarter of the time is still
+// better than reading the row a second time. Where classes lie apart, 32 rows come at a time: short ones stay in the cache, and
+// those of a large vocabulary would not in a cluster either.
+int cluster_of(const Problem& p, const Gpu& gpu) {
+  const int64_t bytes = p.classes * itemsize_of(p.logits.dtype);
+  const int64_t most = std::min<int64_t>({kMostOfCluster, bytes / kPartBytes, gpu.multiprocessors / kMultiprocessorsOfBlock});
+  if (!gpu.clusters || !p.adjacent || most < 2 || !have_clusters()) return 0;
+  for (int blocks = 1; blocks <= most; blocks *= 2) {
+    const int64_t at_once = gpu.multiprocessors / blocks, turns = (p.rows + at_once - 1) / at_once;
+    const bool stays = 2 * std::min(p.rows, at_once) * bytes <= gpu.l2_bytes || 2 * blocks > most;
+    const bool fills = 4 * p.rows * blocks >= 3 * turns * gpu.multiprocessors;
+    if (stays && fills) return blocks;
+  }
+  return 0;
 }
 
 }  // namespace
@@ -108,10 +127,15 @@ Loss loss_of(const CrossEntropyCall& call) {
   return loss;
 }
 
-bool plan_loss(Problem& p, int multiprocessors) {
-  plan(p, multiprocessors, true);
-  const bool one_trip = p.grad.data && p.parts == 1;
-  if (one_trip) plan(p, multiprocessors, false);
+bool plan_loss(Problem& p, const Gpu& gpu) {
+  plan(p, gpu.multiprocessors, true);
+  if (!p.grad.data) return false;
+  const int cluster = cluster_of(p, gpu);
+  const bool one_trip = cluster > 0 || p.parts == 1;
+  if (one_trip) {
+    plan(p, gpu.multiprocessors, false);
+    p.parts = std::max(cluster, 1);
+  }
   return one_trip;
 }
 

@@ -8,8 +8,9 @@ namespace fastloss {
 
 constexpr int kThreads = 256;  // of a block
 constexpr int kOneTripThreads =
-    512;                      // of one that comes back to its row: fewer rows at a time, so that all stay in the L2 cache
-constexpr int kMaxAxes = 16;  // of rows that do not lie behind each other
+    512;                           // of one that comes back to its row: fewer rows at a time, so that all stay in the L2 cache
+constexpr int kMostOfCluster = 8;  // blocks; what every GPU with clusters takes
+constexpr int kMaxAxes = 16;       // of rows that do not lie behind each other
 
 // The rows of one tensor: `steps` along each axis of rows, in elements.
 struct Matrix {
@@ -45,8 +46,8 @@ struct Problem {
   bool adjacent = true;
   int threads = kThreads;
   int warps_per_row = 1;  // warps of a block that share a row, or 32 rows
-  int parts = 1;          // blocks that share them
-  Part* part = nullptr;   // [rows][parts * warps_per_row], where there is more than one part
+  int parts = 1;          // blocks that share them: in one trip a cluster of blocks
+  Part* part = nullptr;   // [rows][parts * warps_per_row], where the parts are merged by another kernel
 };
 
 // Whether a row needs more than exponentials of its logits as they are.

@@ -95,9 +95,10 @@ FASTLOSS_KERNEL(kThreads, (kFull ? 1 : 2))
 sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT Sample sample) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
-  FASTLOSS_SHARED GradientRow coefficients;
-  FASTLOSS_SHARED A target_value, threshold;
-  FASTLOSS_SHARED int kept_of_warp[2][kBlockWarps];
+  FASTLOSS_SHARED(GradientRow, coefficients);
+  FASTLOSS_SHARED(A, target_value);
+  FASTLOSS_SHARED(A, threshold);
+  FASTLOSS_SHARED(int[2][kBlockWarps], kept_of_warp);
   const Place at = place(p);
   const Label label = label_of<A>(p, loss, at.row);
   if (p.ids.data && label.ignored) return;  // the whole block

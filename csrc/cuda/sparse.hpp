@@ -64,7 +64,7 @@ multiply_kernel(FASTLOSS_ARGUMENT Entries e, FASTLOSS_ARGUMENT Dense matrix, FAS
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
   constexpr int kRun = kVectors ? kVectorBytes / sizeof(T) : 1, kSize = kVectors ? 2 * kRun : kStridedLoads;
-  FASTLOSS_SHARED A sums[kRowsOfBlock][kSize * kWarp];
+  FASTLOSS_SHARED(A[kRowsOfBlock][kSize * kWarp], sums);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kSize * kWarp;
   const Run<kSize, kRun> run{first + lane * kRun, kRun * kWarp, matrix.width};

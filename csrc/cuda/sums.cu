@@ -8,7 +8,7 @@ namespace {
 
 // Over the block, known to thread 0; a fixed tree.
 __device__ inline double sum_over_block(double value) {
-  FASTLOSS_SHARED double warps[kThreads / kWarp];
+  FASTLOSS_SHARED(double[kThreads / kWarp], warps);
   __syncthreads();
   value = sum_over_warp(value);
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
@@ -64,5 +64,7 @@ void sum_rows(const Problem& p, const Loss& loss, const Sums& sums, cudaStream_t
   }
   launch(finish_sums_kernel, {1, 1, kThreads}, stream, sums, blocks);
 }
+
+bool have_clusters() { return compiled_for_clusters(finish_sums_kernel); }
 
 }  // namespace fastloss

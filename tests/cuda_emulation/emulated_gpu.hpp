@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// csrc/cuda/gpu.cuh on the CPU: the kernels compile as C++, and each thread of a block is a fiber. Fibers change over where
-// threads wait for each other, at __syncthreads() and where a warp exchanges values; in between, each runs by itself, from the
-// first thread to the last or the other way round. So what one thread may not see before a barrier, it sees wrongly in one of
-// the two orders. What this cannot show: speed, the memory model of a GPU, and what its hardware rounds differently.
+// csrc/cuda/gpu.cuh on the CPU: the kernels compile as C++, and each thread of a block, or of the blocks of a cluster, is a
+// fiber. Fibers change over where threads wait for each other, at the barriers of block and cluster and where a warp exchanges
+// values; in between, each runs by itself, from the first thread to the last or the other way round. So what one thread may not
+// see before a barrier, it sees wrongly in one of the two orders. What this cannot show: speed, the memory model of a GPU, and
+// what its hardware rounds differently.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,10 +18,14 @@
 #include <stdexcept>
 #include <vector>
 
+#include "cuda/problem.hpp"
 #include "simd/scalar.hpp"
 
 #define __device__
-#define FASTLOSS_SHARED static  // blocks run one after the other
+// One for each block of a cluster; clusters run one after the other.
+#define FASTLOSS_SHARED(type, name)                         \
+  static SharedType<type> of_blocks_##name[kMostOfCluster]; \
+  auto& name = of_blocks_##name[cluster.block()]
 #define FASTLOSS_KERNEL(threads, blocks) void
 #define FASTLOSS_ARGUMENT const
 
@@ -30,43 +35,66 @@ namespace {
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 128 * 1024;
 
+template <class T>
+using SharedType = T;
+
 struct Dim3 {
   unsigned x = 1, y = 1;
 };
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-// The fibers of one block.
-class Block {
+// The fibers of one block, or of the blocks of a cluster one after the other: those of blockIdx.y from `first` on.
+class Cluster {
  public:
-  void run(int threads, const std::function<void()>& body) {
+  void run(int first, int blocks, int threads, const std::function<void()>& body) {
     body_ = &body;
-    grow(threads);
-    fibers_.assign(threads, {});
-    exchange_.assign(threads, {});
-    for (int i = 0; i < threads; ++i) {
+    threads_ = threads;
+    const int all = blocks * threads;
+    grow(all);
+    fibers_.assign(all, {});
+    cluster_passed_ = straggler_ = 0;
+    exchange_.assign(all, {});
+    for (int i = 0; i < all; ++i) {
       getcontext(&fibers_[i].context);
       fibers_[i].context.uc_stack = {stacks_[i], 0, kStackBytes};
       fibers_[i].context.uc_link = &scheduler_;
-      makecontext(&fibers_[i].context, &Block::enter, 0);
+      makecontext(&fibers_[i].context, &Cluster::enter, 0);
     }
     const bool backwards = getenv("FASTLOSS_EMULATION_BACKWARDS") != nullptr;
-    for (int left = threads; left > 0;) {
+    int begun = 1;  // blocks: the next one begins when all threads of these wait
+    for (int left = all; left > 0;) {
       bool moved = false;
-      for (int i = 0; i < threads; ++i) {
-        const int thread = backwards ? threads - 1 - i : i;
+      for (int i = 0; i < begun * threads; ++i) {
+        const int thread = backwards ? all - 1 - i : i;
         Fiber& fiber = fibers_[thread];
         if (fiber.done || !may_go(thread)) continue;
         moved = true;
-        threadIdx.x = thread;
         current_ = thread;
+        threadIdx.x = thread % threads;
+        blockIdx.y = first + block();
+        fiber.begun = true;
         swapcontext(&scheduler_, &fiber.context);
         if (fiber.done) --left;
       }
-      if (!moved) fail("threads wait for a barrier that others never reach");
+      if (!moved && ++begun > blocks) fail("threads wait for a barrier that others never reach");
     }
   }
 
-  void wait_for_block() { wait(&Fiber::block_waits); }
+  int block() const { return current_ / threads_; }
+
+  void wait_for_block() {
+    arrive(&Fiber::block_waits);
+    wait(&Fiber::block_waits);
+  }
+  void arrive_at_cluster() { arrive(&Fiber::cluster_waits); }
+  void wait_for_cluster() { wait(&Fiber::cluster_waits); }
+
+  void check_that_block_is_there(int block) const {
+    for (int i = block * threads_; i < (block + 1) * threads_; ++i) {
+      if (!fibers_[i].begun) fail("shared memory of a block that has not begun");
+      if (fibers_[i].done) fail("shared memory of a block that may be gone");
+    }
+  }
 
   // The value of another lane of this warp.
   template <class T>
@@ -75,6 +103,7 @@ class Block {
     const int thread = current_;
     const int turn = fibers_[thread].warp_waits % 2;  // so that nobody overwrites what others have yet to read
     memcpy(exchange_[thread].value[turn], &value, sizeof value);
+    arrive(&Fiber::warp_waits);
     wait(&Fiber::warp_waits);
     T other;
     memcpy(&other, exchange_[thread / kWarp * kWarp + lane].value[turn], sizeof other);
@@ -86,8 +115,8 @@ class Block {
  private:
   struct Fiber {
     ucontext_t context;
-    bool done = false;
-    int64_t block_waits = 0, warp_waits = 0;  // barriers reached so far
+    bool begun = false, done = false;
+    int64_t warp_waits = 0, block_waits = 0, cluster_waits = 0;  // barriers reached so far
     int64_t Fiber::* waits_at = nullptr;
   };
   struct Exchange {
@@ -101,9 +130,10 @@ class Block {
 
   static void enter();
 
+  void arrive(int64_t Fiber::* barrier) { ++(fibers_[current_].*barrier); }
+
   void wait(int64_t Fiber::* barrier) {
     Fiber& fiber = fibers_[current_];
-    ++(fiber.*barrier);
     fiber.waits_at = barrier;
     const int thread = current_;
     swapcontext(&fiber.context, &scheduler_);
@@ -111,16 +141,22 @@ class Block {
   }
 
   // All who share the barrier have reached it as often, or have ended: a barrier does not wait for threads that are gone.
-  bool may_go(int thread) const {
+  bool may_go(int thread) {
     const Fiber& fiber = fibers_[thread];
     if (!fiber.waits_at) return true;
-    const bool warp = fiber.waits_at == &Fiber::warp_waits;
-    const size_t begin = warp ? thread / kWarp * kWarp : 0, end = warp ? begin + kWarp : fibers_.size();
-    for (size_t i = begin; i < end; ++i) {
-      if (fibers_[i].*fiber.waits_at >= fiber.*fiber.waits_at) continue;
+    const bool warp = fiber.waits_at == &Fiber::warp_waits, cluster = fiber.waits_at == &Fiber::cluster_waits;
+    const auto arrived = [&](int i) { return fibers_[i].*fiber.waits_at >= fiber.*fiber.waits_at; };
+    if (cluster && fiber.cluster_waits == cluster_passed_) return true;
+    if (cluster && !arrived(straggler_) && !fibers_[straggler_].done) return false;
+    const int group = warp ? kWarp : cluster ? static_cast<int>(fibers_.size()) : threads_;
+    const int begin = thread / group * group;
+    for (int i = begin; i < begin + group; ++i) {
+      if (arrived(i)) continue;
+      straggler_ = i;
       if (!fibers_[i].done) return false;
       if (warp) fail("a warp exchanges values with a thread that has ended");
     }
+    if (cluster) cluster_passed_ = fiber.cluster_waits;
     return true;
   }
 
@@ -133,6 +169,11 @@ class Block {
   }
 
   const std::function<void()>* body_ = nullptr;
+  int threads_ = 1;  // a block
+  // What the thousands of threads at a barrier of the cluster need not find out each: the last one that all have reached, and a
+  // thread for which some wait.
+  int64_t cluster_passed_ = 0;
+  int straggler_ = 0;
   std::vector<Fiber> fibers_;
   std::vector<Exchange> exchange_;
   std::vector<void*> stacks_;
@@ -140,26 +181,38 @@ class Block {
   int current_ = 0;
 };
 
-Block block;
+Cluster cluster;
 
-void Block::enter() {
-  (*block.body_)();
-  block.fibers_[block.current_].done = true;
+void Cluster::enter() {
+  (*cluster.body_)();
+  cluster.fibers_[cluster.current_].done = true;
 }
 
-inline void __syncthreads() { block.wait_for_block(); }
+inline void __syncthreads() { cluster.wait_for_block(); }
 inline bool any_lane(bool value) {
   int any = value;
-  for (int mask = kWarp / 2; mask >= 1; mask /= 2) any |= block.exchange(any, block.lane() ^ mask);
+  for (int mask = kWarp / 2; mask >= 1; mask /= 2) any |= cluster.exchange(any, cluster.lane() ^ mask);
   return any;
 }
 template <class T>
 T from_lane_xor(T value, int mask) {
-  return block.exchange(value, block.lane() ^ mask);
+  return cluster.exchange(value, cluster.lane() ^ mask);
 }
 template <class T>
 T from_lane(T value, int lane) {
-  return block.exchange(value, lane);
+  return cluster.exchange(value, lane);
+}
+
+inline void cluster_arrive() { cluster.arrive_at_cluster(); }
+inline void cluster_wait() { cluster.wait_for_cluster(); }
+inline void sync_cluster() {
+  cluster_arrive();
+  cluster_wait();
+}
+template <class T>
+T& in_block(T& shared, int block) {
+  cluster.check_that_block_is_there(block);
+  return (&shared)[block - cluster.block()];
 }
 
 // As far off as the hardware may be: 2 units in the last place, up or down as it happens; 0 below the smallest normal number.
@@ -191,15 +244,24 @@ struct LaunchShape {
   int64_t blocks;
   int parts;
   int threads;
+  bool clusters = false;
 };
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t, const Arguments&... arguments) {
   blockDim.x = shape.threads;
   gridDim = {static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.parts)};
-  for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) block.run(shape.threads, [&] { kernel(arguments...); });
+  const int together = shape.clusters ? shape.parts : 1;
+  for (int part = 0; part < shape.parts; part += together) {
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      cluster.run(part, together, shape.threads, [&] { kernel(arguments...); });
+    }
   }
+}
+
+template <class... Parameters>
+bool compiled_for_clusters(void (*)(Parameters...)) {
+  return true;
 }
 
 }  // namespace

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that the blocks of a cluster share: loss and gradient in one trip, run on the CPU by tests/cuda_emulation."""
+
+import numpy as np
+import pytest
+
+import reference
+from binding import aligned_weight, tensor
+from cuda_binding import DEVICE, ChunkCall, CudaCall, load_emulation
+from helpers import DEFAULT, DTYPES, assert_cross_entropy_contract, assert_same_bits
+from reference import Options
+
+cuda = load_emulation()
+INF = np.inf
+ROWS = 7
+LEAST_PART = 32 * 1024  # bytes of a row for each block
+
+
+def pretend(monkeypatch, multiprocessors, l2_bytes=2**30, clusters=1):
+    """The GPU of the following calls."""
+    for name, value in (("MULTIPROCESSORS", multiprocessors), ("L2_BYTES", l2_bytes), ("CLUSTERS", clusters)):
+        monkeypatch.setenv(f"FASTLOSS_EMULATION_{name}", str(value))
+
+
+@pytest.fixture(params=[2, 4, 8])
+def blocks(request, monkeypatch):
+    """Of the cluster that takes each of ROWS rows of classes_of(...): so many that they fill the GPU."""
+    pretend(monkeypatch, 8 * request.param)
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
+def order(request, monkeypatch):
+    """The order in which the threads of a cluster run."""
+    if request.param:
+        monkeypatch.setenv("FASTLOSS_EMULATION_BACKWARDS", "1")
+
+
+def classes_of(blocks, dtype):
+    """No whole number of anything."""
+    return blocks * LEAST_PART // DTYPES[dtype].itemsize + 337
+
+
+def random_logits(blocks, dtype, rng):
+    return (3 * rng.standard_normal((ROWS, classes_of(blocks, dtype)))).astype(DTYPES[dtype])
+
+
+def targets_at_the_seams(blocks, classes, rng):
+    """Ends of the row and places around those where one block's part ends and the next begins."""
+    seams = [classes * part // blocks + rng.integers(-20, 20) for part in (1, blocks // 2, blocks - 1)]
+    return np.array([0, classes - 1, classes // 3, *seams, classes - 2])
+
+
+def plan(logits, gradient):
+    """(blocks that share a row, whether loss and gradient take one trip)."""
+    return cuda.plan(tensor(logits, -1), None if gradient is None else tensor(gradient, -1), *DEVICE)[2:]
+
+
+def one_trip(logits, target, blocks, options=DEFAULT, reduction="mean", gradient=None):
+    """The call and its gradient, made by clusters of so many blocks."""
+    gradient = np.full_like(logits, np.nan) if gradient is None else gradient
+    assert plan(logits, gradient) == (blocks, True)
+    call = CudaCall(cuda, logits, target, options, reduction=reduction)
+    call.forward(gradient)
+    return call, gradient
+
+
+def check(logits, target, blocks, options=DEFAULT, reduction="mean"):
+    call, gradient = one_trip(logits, target, blocks, options, reduction)
+    assert_cross_entropy_contract(call.loss, gradient, logits, target, options, reduction)
+    return call, gradient
+
+
+# ---- the kernel ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_cluster_keep_the_contract_in_memory_of_their_own_and_in_place(dtype, blocks, rng, order):
+    logits = random_logits(blocks, dtype, rng)
+    target = targets_at_the_seams(blocks, logits.shape[1], rng)
+    fresh, gradient = check(logits, target, blocks)
+    over, _ = one_trip(logits, target, blocks, gradient=logits)
+    assert_same_bits(over.loss, fresh.loss)
+    assert_same_bits(over.saved, fresh.saved)
+    assert_same_bits(logits, gradient)
+
+
+@pytest.mark.parametrize("options", [Options(), Options(softcap=20.0, label_smoothing=0.1, z_loss=1e-3)], ids=["plain", "full"])
+def test_both_orders_of_threads_give_the_same_bits(options, blocks, rng, monkeypatch):
+    logits = random_logits(blocks, "float32", rng)
+    target = rng.integers(logits.shape[1], size=ROWS)
+    forwards, gradient = one_trip(logits, target, blocks, options)
+    monkeypatch.setenv("FASTLOSS_EMULATION_BACKWARDS", "1")
+    backwards, other = one_trip(logits, target, blocks, options)
+    assert_same_bits(backwards.loss, forwards.loss)
+    assert_same_bits(backwards.saved, forwards.saved)
+    assert_same_bits(other, gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [1, 7])
+def test_rows_of_a_cluster_may_begin_anywhere(start, dtype, blocks, rng):
+    classes = classes_of(blocks, dtype)
+    base = rng.standard_normal((ROWS, classes + 8)).astype(DTYPES[dtype])
+    room = np.full((ROWS, classes + 16), 5, DTYPES[dtype])
+    logits, gradient = base[:, start : start + classes], room[:, 11 : 11 + classes]
+    target = targets_at_the_seams(blocks, classes, rng)
+    call, _ = one_trip(logits, target, blocks, gradient=gradient)
+    assert_cross_entropy_contract(call.loss, gradient, logits, target)
+    assert np.all(room[:, :11] == 5)
+    assert np.all(room[:, 11 + classes :] == 5)
+
+
+def test_rows_of_a_cluster_may_lie_along_several_axes(blocks, rng):
+    classes = classes_of(blocks, "float32")
+    logits = rng.standard_normal((2, 3, classes)).astype(np.float32).swapaxes(0, 1)
+    gradient = np.full((3, 2, classes), np.nan, np.float32)
+    target = rng.integers(classes, size=(3, 2))
+    call, _ = one_trip(logits, target, blocks, gradient=gradient)
+    flat = reference.as_rows(logits, -1)
+    assert_cross_entropy_contract(call.loss, reference.as_rows(gradient, -1), flat, target.reshape(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [Options(), Options(softcap=30.0)], ids=["plain", "full"])
+def test_blocks_that_meet_only_minus_inf_are_finite(options, dtype, blocks, rng):
+    logits = random_logits(blocks, dtype, rng)
+    classes = logits.shape[1]
+    part = classes // blocks
+    logits[0, : classes - 5] = -INF
+    logits[1, 5:] = -INF
+    logits[2, part - 50 : classes - 50] = -INF
+    logits[3, :] = -INF
+    logits[3, classes // 2] = 1
+    target = np.array([classes - 1, 2, classes - 3, classes // 2, 1, 2, 3])
+    call, _ = check(logits, target, blocks, options, reduction="none")
+    assert np.all(np.isfinite(call.loss))
+
+
+@pytest.mark.parametrize("options", [Options(), Options(label_smoothing=0.1)], ids=["plain", "full"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_of_a_cluster_without_a_normaliser_is_nan_and_its_neighbours_are_not(dtype, options, blocks, rng):
+    logits = random_logits(blocks, dtype, rng)
+    logits[1, -1], logits[3, logits.shape[1] // 2], logits[5] = np.nan, INF, -INF
+    call, gradient = one_trip(logits, rng.integers(logits.shape[1], size=ROWS), blocks, options, "none")
+    wrong = np.isin(np.arange(ROWS), (1, 3, 5))
+    np.testing.assert_array_equal(np.isnan(call.loss), wrong)
+    assert np.all(np.isnan(reference.wide(gradient[wrong])))
+    assert np.all(np.isfinite(reference.wide(gradient[~wrong])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ignored_rows_and_ids_out_of_range_are_for_all_blocks_of_a_cluster(dtype, blocks, rng):
+    logits = random_logits(blocks, dtype, rng)
+    classes = logits.shape[1]
+    logits[1], logits[2, 17] = np.nan, INF
+    target = np.array([5, -100, -100, classes, -1, classes - 1, 2**40])
+    call, gradient = one_trip(logits, target, blocks, reduction="none")
+    gradient = reference.wide(gradient)
+    assert np.all(gradient[1:3] == 0)
+    assert np.all(call.loss[1:3] == 0)
+    assert np.all(call.saved[1:3] == 0)
+    assert np.all(np.isnan(gradient[[3, 4, 6]]))
+    assert np.all(np.isnan(call.loss[[3, 4, 6]]))
+    counted = [0, 5]
+    assert_cross_entropy_contract(
+        call.loss[counted], gradient[counted].astype(logits.dtype), logits[counted], target[counted], reduction="none"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "reduction"), [("weight", "mean"), ("smoothing", "sum"), ("everything", "none")])
+def test_options_keep_the_contract_in_a_cluster(name, reduction, dtype, blocks, rng):
+    logits = random_logits(blocks, dtype, rng)
+    classes = logits.shape[1]
+    weight = aligned_weight(rng.uniform(0, 2, classes), logits)
+    bias = aligned_weight(rng.standard_normal(classes), logits)
+    options = {
+        "weight": Options(weight=weight),
+        "smoothing": Options(label_smoothing=0.1),
+        "everything": Options(weight, -100, 0.1, 1e-3, 1.3, 10.0, bias),
+    }[name]
+    target = targets_at_the_seams(blocks, classes, rng).astype(np.int32)
+    target[2] = -100
+    check(logits, target, blocks, options, reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_targets_keep_the_contract_in_a_cluster(dtype, blocks, rng):
+    logits = random_logits(blocks, dtype, rng)
+    target = rng.dirichlet(np.ones(logits.shape[1]), ROWS).astype(np.float32)
+    check(logits, target, blocks, Options(label_smoothing=0.1, z_loss=1e-3))
+
+
+def test_chunk_of_tokens_keeps_the_contract_in_a_cluster(blocks, rng, order):
+    logits = random_logits(blocks, "float32", rng)
+    target = targets_at_the_seams(blocks, logits.shape[1], rng)
+    before = logits.copy()
+    call = ChunkCall(cuda, logits, target, DEFAULT)
+    assert plan(logits, logits) == (blocks, True)
+    loss = call.forward(logits)
+    assert_cross_entropy_contract(loss, logits, before, target)
+
+
+# ---- the plan ----
+
+
+def planned(monkeypatch, rows, classes, dtype, multiprocessors=132, l2_bytes=50 * 2**20, clusters=1):
+    pretend(monkeypatch, multiprocessors, l2_bytes, clusters)
+    itemsize = DTYPES[dtype].itemsize
+    logits = np.lib.stride_tricks.as_strided(np.zeros(1, DTYPES[dtype]), (rows, classes), (classes * itemsize, itemsize))
+    return plan(logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes", "blocks"),
+    [
+        ("float16", 32_000, 1),
+        ("float16", 50_257, 1),
+        ("float16", 128_256, 2),
+        ("float16", 151_936, 2),
+        ("float16", 262_144, 4),
+        ("float32", 32_000, 1),
+        ("float32", 128_256, 4),
+        ("float32", 262_144, 8),
+        ("float64", 262_144, 8),  # more than half of the cache even so
+    ],
+)
+def test_rows_in_flight_take_half_of_the_cache(classes, dtype, blocks, monkeypatch):
+    assert planned(monkeypatch, 8192, classes, dtype) == (blocks, True)
+    assert planned(monkeypatch, 8192, classes, dtype, l2_bytes=2**30) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "plan_of_rows"), [(1, None), (12, None), (16, 8), (33, 4), (66, 2), (67, 8), (132, 1), (133, 4), (1000, 1)]
+)
+def test_rows_of_clusters_fill_the_gpu_or_are_split(rows, plan_of_rows, monkeypatch):
+    parts, one_trip = planned(monkeypatch, rows, 262_144, "float16", l2_bytes=2**30)
+    assert one_trip == (plan_of_rows is not None)
+    assert parts > 8 if plan_of_rows is None else parts == plan_of_rows
+
+
+def test_short_rows_and_small_gpus_have_smaller_clusters(monkeypatch):
+    assert planned(monkeypatch, 8192, 32_768, "float16", l2_bytes=1) == (2, True)
+    assert planned(monkeypatch, 8192, 32_767, "float16", l2_bytes=1) == (1, True)
+    for multiprocessors, blocks in ((64, 8), (63, 4), (16, 2), (15, 1)):
+        assert planned(monkeypatch, 8192, 262_144, "float16", multiprocessors, 1) == (blocks, True)
+
+
+def test_gpu_without_clusters_takes_a_block_a_row_or_splits(monkeypatch):
+    assert planned(monkeypatch, 8192, 262_144, "float16", clusters=0) == (1, True)
+    parts, one_trip = planned(monkeypatch, 66, 262_144, "float16", clusters=0)
+    assert parts > 1
+    assert not one_trip
+
+
+def test_loss_alone_has_no_clusters(monkeypatch):
+    pretend(monkeypatch, 132, 1)
+    parts, one_trip = plan(np.zeros((16, 100_000), np.float32), None)
+    assert parts > 8
+    assert not one_trip
+
+
+def test_classes_that_lie_apart_have_no_clusters(monkeypatch):
+    pretend(monkeypatch, 132, 1)
+    logits = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (5000, 20_000), (4, 20_000))
+    assert plan(logits, logits) == (1, True)
