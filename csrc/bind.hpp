@@ -104,10 +104,11 @@ struct type_caster<Transform> {  // (temperature, softcap, bias pointer)
 };
 
 template <>
-struct type_caster<Upstream> {  // (pointer, dtype, step)
+struct type_caster<Upstream> {  // (pointer, dtype, step), or None
   PYBIND11_TYPE_CASTER(Upstream, const_name("Upstream"));
   bool load(handle source, bool) {
     std::array<PyObject*, 3> item;
+    if (source.is_none()) return true;
     if (!unpack(source, item)) return false;
     value = {pointer<const void>(integer(item[0])), dtype(item[1]), integer(item[2])};
     return true;

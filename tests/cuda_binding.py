@@ -51,7 +51,7 @@ class CudaCall:
             o.z_loss,
         )
 
-    def forward(self, gradient=None):
+    def forward(self, gradient=None, upstream=None, as_with_gradient=False):
         room = workspace(self.module, self.logits, self.axis)
         self.module.cross_entropy(
             *self._inputs(),
@@ -61,18 +61,21 @@ class CudaCall:
             self.saved.ctypes.data,
             self.scale.ctypes.data,
             None if gradient is None else tensor(gradient, self.axis),
+            None if upstream is None else (upstream.ctypes.data, CODES[upstream.dtype], 0),
+            as_with_gradient,
             room.ctypes.data,
             *DEVICE,
         )
         return self.loss
 
-    def backward(self, gradient, upstream=1.0):
+    def backward(self, gradient, upstream=1.0, expected=None):
         upstream = np.asarray(upstream, accumulation(self.logits.dtype))
         self.module.cross_entropy_backward(
             *self._inputs(),
             self.scale.ctypes.data,
             self.saved.ctypes.data,
             (upstream.ctypes.data, CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
+            (0, 0, 0) if expected is None else expected.described(),
             tensor(gradient, self.axis),
             *DEVICE,
         )
@@ -93,6 +96,18 @@ class CudaCall:
             *DEVICE,
         )
         return out
+
+
+class Expected:
+    """What backward compares its upstream gradient with, and learns."""
+
+    def __init__(self, made_for, following):
+        self.made_for = None if made_for is None else np.asarray(made_for, np.float64)
+        self.next = np.asarray(following, np.float64)
+        self.surprised = np.asarray(7, np.int32)
+
+    def described(self):
+        return address(self.made_for), self.next.ctypes.data, self.surprised.ctypes.data
 
 
 def workspace(module, logits, axis):

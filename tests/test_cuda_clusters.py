@@ -97,6 +97,16 @@ def test_both_orders_of_threads_give_the_same_bits(options, blocks, rng, monkeyp
     assert_same_bits(other, gradient)
 
 
+def test_loss_has_the_same_bits_whether_the_gradient_is_made_or_not(blocks, rng, order):
+    logits = random_logits(blocks, "float32", rng)
+    made, gradient = one_trip(logits, rng.integers(logits.shape[1], size=ROWS), blocks)
+    without = CudaCall(cuda, logits, made.target, DEFAULT)
+    without.forward(as_with_gradient=True)
+    assert_same_bits(without.loss, made.loss)
+    assert_same_bits(without.saved, made.saved)
+    assert_same_bits(without.backward(np.full_like(logits, np.nan)), gradient)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("start", [1, 7])
 def test_rows_of_a_cluster_may_begin_anywhere(start, dtype, blocks, rng):

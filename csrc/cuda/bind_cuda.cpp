@@ -16,22 +16,26 @@ using Places = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;  // slots o
 void bind_cross_entropy(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
                         const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, int reduction,
                         std::optional<double> denominator, uintptr_t loss, uintptr_t saved, uintptr_t scale, const Tensor& grad,
-                        uintptr_t workspace, int device, uintptr_t stream) {
+                        const Upstream& upstream, bool as_with_gradient, uintptr_t workspace, int device, uintptr_t stream) {
   const py::gil_scoped_release release;  // a launch may wait for room in the queue
   const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
                               z,      ignore_index, label_smoothing, z_loss};
   cuda::cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
-                      pointer<double>(saved), pointer<double>(scale), grad, pointer<char>(workspace), Device(device, stream));
+                      pointer<double>(saved), pointer<double>(scale), grad, upstream, as_with_gradient,
+                      pointer<char>(workspace), Device(device, stream));
 }
 
 void bind_cross_entropy_backward(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
                                  const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss,
-                                 uintptr_t scale, uintptr_t saved, const Upstream& upstream, const Tensor& grad, int device,
+                                 uintptr_t scale, uintptr_t saved, const Upstream& upstream,
+                                 const std::tuple<uintptr_t, uintptr_t, uintptr_t>& expected, const Tensor& grad, int device,
                                  uintptr_t stream) {
   const py::gil_scoped_release release;
   const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
                               z,      ignore_index, label_smoothing, z_loss};
-  cuda::cross_entropy_backward(call, pointer<const double>(scale), pointer<const double>(saved), upstream, grad,
+  const auto [made_for, next, surprised] = expected;
+  cuda::cross_entropy_backward(call, pointer<const double>(scale), pointer<const double>(saved), upstream,
+                               {pointer<const double>(made_for), pointer<double>(next), pointer<int32_t>(surprised)}, grad,
                                Device(device, stream));
 }
 

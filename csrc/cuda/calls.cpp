@@ -45,7 +45,7 @@ int device_count() {
 
 Plan plan_of(const Tensor& logits, const Tensor& grad, const Device& device) {
   Problem p = problem(logits, {}, grad, {}, {});
-  const bool one_trip = plan_loss(p, device.gpu());
+  const bool one_trip = plan_loss(p, device.gpu(), static_cast<bool>(grad));
   return {p.threads, p.warps_per_row, p.parts, one_trip};
 }
 
@@ -59,12 +59,13 @@ size_t workspace_bytes(const Tensor& logits, const Device& device) {
 }
 
 void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const double* denominator, void* loss_out, double* saved,
-                   double* scale, const Tensor& grad, char* memory, const Device& device) {
+                   double* scale, const Tensor& grad, const Upstream& upstream, bool as_with_gradient, char* memory,
+                   const Device& device) {
   if (grad) check_gradient(call.logits, grad);
   const cudaStream_t stream = device.stream();
   const KernelTable& kernels = table(call.logits.dtype);
   Problem p = loss_problem(call, grad);
-  const bool one_trip = plan_loss(p, device.gpu());
+  const bool one_trip = plan_loss(p, device.gpu(), as_with_gradient || grad);
   const Workspace room(p, memory);
   p.part = room.parts;
   const bool reduced = reduction != Reduction::kNone;
@@ -79,11 +80,12 @@ void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const doub
   sums.loss_dtype = call.logits.dtype == kF64 ? kF64 : kF32;
   sums.mean = reduction == Reduction::kMean;
   sums.divisor = divisor_of(denominator, reduction, static_cast<bool>(call.soft_target), p.rows);
-  const GradientSource source{scale, {}, nullptr, nullptr};
-  if (one_trip) sum_rows(p, loss, sums, stream);  // the gradient asks for the denominator before the losses are there
+  const GradientSource source{scale, upstream_of(upstream), nullptr, nullptr, {}};
+  const bool at_once = one_trip && grad;
+  if (at_once) sum_rows(p, loss, sums, stream);  // the gradient asks for the denominator before the losses are there
   kernels.scan(p, loss, {}, one_trip ? &source : nullptr, stream);
   if (p.parts > 1 && !one_trip) kernels.merge(p, loss, {}, stream);
-  if (!one_trip || reduced) {
+  if (!at_once || reduced) {
     sums.losses = reduced ? room.losses : nullptr;
     sums.loss = reduced ? loss_out : nullptr;
     sum_rows(p, loss, sums, stream);
@@ -92,11 +94,12 @@ void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const doub
 }
 
 void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
-                            const Tensor& grad, const Device& device) {
+                            const Expected& expected, const Tensor& grad, const Device& device) {
   check_gradient(call.logits, grad);
   Problem p = loss_problem(call, grad);
   plan(p, device.gpu().multiprocessors, true);
-  table(call.logits.dtype).gradient(p, loss_of(call), {scale, upstream_of(upstream), nullptr, nullptr}, saved, device.stream());
+  const GradientSource source{scale, upstream_of(upstream), nullptr, nullptr, expected};
+  table(call.logits.dtype).gradient(p, loss_of(call), source, saved, device.stream());
 }
 
 void soft_target_gradient(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
@@ -106,7 +109,7 @@ void soft_target_gradient(const CrossEntropyCall& call, const double* scale, con
   p.weight = call.weight;
   plan(p, device.gpu().multiprocessors, true);
   table(call.logits.dtype)
-      .soft_gradient(p, loss_of(call), {scale, upstream_of(upstream), nullptr, nullptr}, saved, device.stream());
+      .soft_gradient(p, loss_of(call), {scale, upstream_of(upstream), nullptr, nullptr, {}}, saved, device.stream());
 }
 
 void statistics(const Tensor& logits, const Targets& targets, const Transform& transform, const StatsOutputs& out, char* memory,
@@ -136,7 +139,7 @@ void stats_gradient(const Tensor& logits, const double* saved, const double* coe
   }
   Problem p = problem(logits, {}, grad, targets, transform);
   plan(p, device.gpu().multiprocessors, true);
-  table(logits.dtype).gradient(p, {}, {nullptr, {}, coefficients, g}, saved, device.stream());
+  table(logits.dtype).gradient(p, {}, {nullptr, {}, coefficients, g, {}}, saved, device.stream());
 }
 
 }  // namespace fastloss::cuda

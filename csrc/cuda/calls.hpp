@@ -7,6 +7,7 @@
 
 #include "../cross_entropy.hpp"
 #include "../stats.hpp"
+#include "problem.hpp"
 
 namespace fastloss::cuda {
 
@@ -44,11 +45,15 @@ struct Plan {
 Plan plan_of(const Tensor& logits, const Tensor& grad, const Device& device);
 size_t workspace_bytes(const Tensor& logits, const Device& device);
 
-// `scale` becomes 1 / denominator, by which the gradient is multiplied: the one that the function of the CPU returns.
+// `scale` becomes 1 / denominator, by which the gradient is multiplied: the one that the function of the CPU returns. The
+// gradient is for one upstream gradient of all rows. A call `as_with_gradient` has the bits of one that makes it, even if it
+// does not: last bits depend on how threads share a row.
 void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const double* denominator, void* loss, double* saved,
-                   double* scale, const Tensor& grad, char* workspace, const Device& device);
+                   double* scale, const Tensor& grad, const Upstream& upstream, bool as_with_gradient, char* workspace,
+                   const Device& device);
+// Leaves `grad` as it is where it was made for the upstream gradient that came.
 void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
-                            const Tensor& grad, const Device& device);
+                            const Expected& expected, const Tensor& grad, const Device& device);
 void soft_target_gradient(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
                           const Tensor& out, const Device& device);
 void statistics(const Tensor& logits, const Targets& targets, const Transform& transform, const StatsOutputs& outputs,

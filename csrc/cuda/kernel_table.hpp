@@ -9,7 +9,8 @@
 namespace fastloss {
 
 struct KernelTable {
-  // Loss or statistics of all rows; with `source`, the gradient too. Then the parts of a row are the blocks of a cluster.
+  // Loss or statistics of all rows; with `source`, by the plan of one trip: the gradient too, if it has memory, and the parts
+  // of a row are the blocks of a cluster.
   void (*scan)(const Problem&, const Loss&, const Statistics&, const GradientSource* source, cudaStream_t);
   // What a scan of several parts a row left.
   void (*merge)(const Problem&, const Loss&, const Statistics&, cudaStream_t);

@@ -90,7 +90,8 @@ struct SharedRow {
 };
 
 // All of a row in one block: its statistics, and with kGradient the gradient as well, which finds the row in the cache.
-// More parts a row: each block leaves its sums for merge_kernel; or with kGradient for the first block of its cluster.
+// More parts a row: each block leaves its sums for merge_kernel; or with kGradient for the first block of its cluster. Without
+// memory for the gradient it makes the statistics alone, to the same bits.
 template <class T, bool kAdjacent, bool kFull, bool kGradient>
 FASTLOSS_KERNEL((kAdjacent && kGradient && !kFull ? kOneTripThreads : kThreads), (kGradient || kFull ? 1 : 3))
 scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT Statistics out,
@@ -117,6 +118,7 @@ scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_A
     finish_row<T, V>(p, loss, out, at.row, stats, shared.lane, shared.lanes);
   }
   if constexpr (kGradient) {
+    if (!p.grad.data) return;
     FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
     double g = 0.0;
     if (in_cluster) sync_cluster();  // what the first block saved; it has read the target's logit, wherever that is
@@ -147,6 +149,7 @@ gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
                 const double* saved) {
   using V = typename AccumulatedIn<T>::V;
   FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
+  if (made_by_forward(source)) return;
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   double g = 0.0;

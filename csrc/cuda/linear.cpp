@@ -33,13 +33,13 @@ void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void
   if (grad) check_gradient(call.logits, grad);
   const KernelTable& kernels = table(call.logits.dtype);
   Problem p = loss_problem(call, grad);
-  const bool one_trip = plan_loss(p, device.gpu());
+  const bool one_trip = plan_loss(p, device.gpu(), static_cast<bool>(grad));
   p.part = Workspace(p, memory).parts;
   Loss loss = loss_of(call);
   loss.losses = losses;
   loss.wide = wide;
   loss.saved = saved;
-  const GradientSource source{scale, {}, nullptr, nullptr};
+  const GradientSource source{scale, {}, nullptr, nullptr, {}};
   kernels.scan(p, loss, {}, one_trip ? &source : nullptr, device.stream());
   if (p.parts > 1 && !one_trip) kernels.merge(p, loss, {}, device.stream());
   if (grad && !one_trip) kernels.gradient(p, loss, source, saved, device.stream());

@@ -127,9 +127,9 @@ Loss loss_of(const CrossEntropyCall& call) {
   return loss;
 }
 
-bool plan_loss(Problem& p, const Gpu& gpu) {
+bool plan_loss(Problem& p, const Gpu& gpu, bool gradient) {
   plan(p, gpu.multiprocessors, true);
-  if (!p.grad.data) return false;
+  if (!gradient) return false;
   const int cluster = cluster_of(p, gpu);
   const bool one_trip = cluster > 0 || p.parts == 1;
   if (one_trip) {

@@ -23,9 +23,9 @@ void plan(Problem& p, int multiprocessors, bool may_split, int64_t may_have_part
 Problem loss_problem(const CrossEntropyCall& call, const Tensor& grad);
 Loss loss_of(const CrossEntropyCall& call);
 
-// The plan of a loss; whether its scan writes the gradient too, by one block or one cluster of blocks a row. With few rows that
-// would leave most of the GPU idle.
-bool plan_loss(Problem& p, const Gpu& gpu);
+// The plan of a loss, or of loss and gradient; whether these take one trip, by one block or one cluster of blocks a row. With
+// few rows that would leave most of the GPU idle.
+bool plan_loss(Problem& p, const Gpu& gpu, bool gradient);
 
 // What the sum of the losses is divided by; 0: by the weights of the rows that count.
 double divisor_of(const double* denominator, Reduction reduction, bool soft, int64_t rows);

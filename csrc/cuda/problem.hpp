@@ -87,12 +87,20 @@ struct DeviceUpstream {
   int64_t step = 0;
 };
 
+// A gradient that forward made for the upstream gradient that it expected; what comes in backward is expected next.
+struct Expected {
+  const double* made_for = nullptr;  // null: no gradient has been made
+  double* next = nullptr;            // null: nobody expects any
+  int32_t* surprised = nullptr;      // whether something else came than was expected; may be memory of the host
+};
+
 // Where the coefficients of the gradient come from: the loss, times *scale and the upstream gradient, or from memory.
 struct GradientSource {
   const double* scale = nullptr;  // null: 1
   DeviceUpstream upstream;
   const double* coefficients = nullptr;  // [rows][4]
   const double* g = nullptr;             // [rows][k]
+  Expected expected;
 };
 
 // What sampling keeps of the gradient of each row's loss: `slots` places for each token, in the order in which the threads come

@@ -101,6 +101,27 @@ __device__ inline double upstream_of(const GradientSource& source, int64_t row) 
   return (source.scale ? *source.scale : 1.0) * (up.data ? element(up.data, up.dtype, row * up.step) : 1.0);
 }
 
+__device__ inline bool same_bits(double a, double b) {
+  int64_t bits[2];
+  __builtin_memcpy(&bits[0], &a, sizeof a);
+  __builtin_memcpy(&bits[1], &b, sizeof b);
+  return bits[0] == bits[1];
+}
+
+// Whether the gradient is there already: the same for all threads, since nobody writes what they read. One of them notes what
+// came; 0 and what is not finite are no guide to the next. Another stream may do so at the same time: a wrong expectation costs
+// time alone.
+__device__ inline bool made_by_forward(const GradientSource& source) {
+  const Expected& expected = source.expected;
+  if (!expected.next) return false;
+  const double came = element(source.upstream.data, source.upstream.dtype, 0);
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+    *expected.surprised = !same_bits(came, *expected.next);
+    if (came - came == 0.0 && came != 0.0) *expected.next = came;
+  }
+  return expected.made_for && same_bits(came, *expected.made_for);
+}
+
 // Sets g of a lone target as well; K of them stay in memory.
 template <class A>
 __device__ inline GradientRow coefficients_of(const Problem& p, const Loss& loss, const GradientSource& source,

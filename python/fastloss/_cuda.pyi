@@ -23,6 +23,8 @@ def cross_entropy(
     saved: int,
     scale: int,
     grad: Tensor | None,
+    upstream: Upstream | None,
+    as_with_gradient: bool,
     workspace: int,
     device: int,
     stream: int,
@@ -40,6 +42,7 @@ def cross_entropy_backward(
     scale: int,
     saved: int,
     upstream: Upstream,
+    expected: tuple[int, int, int],  # the upstream gradient that the gradient was made for, the next one, whether surprised
     grad: Tensor,
     device: int,
     stream: int,

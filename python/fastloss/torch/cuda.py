@@ -76,6 +76,8 @@ def cross_entropy(
         ops.address(saved),
         scale.data_ptr(),
         None if grad is None else ops.describe(grad, dim),
+        None,
+        False,
         room.data_ptr(),
         *place,
     )
@@ -101,6 +103,7 @@ def cross_entropy_backward(
         scale.data_ptr(),
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
+        (0, 0, 0),
         ops.describe(grad, options.dim),
         *where(logits),
     )
