@@ -31,7 +31,7 @@ CHECKED_ROWS = 64
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 # Passes over the logits: what the operation must move, in units of their bytes.
-UNITS = {"loss": 1, "gradient": 3, "gradient in place": 3, "one trip in place": 2, "logprob and entropy": 1}
+UNITS = {"loss": 1, "gradient": 2, "gradient in place": 3, "one trip in place": 2, "logprob and entropy": 1}
 
 
 class Case(NamedTuple):
