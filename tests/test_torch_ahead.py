@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastloss.torch as fl  # noqa: E402
-from fastloss.torch import ahead, autograd, linear_autograd, ops  # noqa: E402
+from fastloss.torch import ahead, linear_autograd, ops  # noqa: E402
 from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -19,7 +19,6 @@ def expectation(monkeypatch):
     """As at the start of a process."""
     fresh = ahead.Expectation()
     monkeypatch.setattr(ahead, "expectation", fresh)
-    monkeypatch.setattr(autograd, "expectation", fresh)
     monkeypatch.setattr(linear_autograd, "expectation", fresh)
     return fresh
 

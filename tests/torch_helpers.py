@@ -77,7 +77,8 @@ def torch_over_emulation(emulated, monkeypatch):
     monkeypatch.setattr(linear_ops, "is_on_gpu", lambda tensor: True)
     for name in ("cross_entropy", "cross_entropy_backward", "soft_target_gradient"):
         monkeypatch.setattr(ops, name, getattr(cuda, name))
-    monkeypatch.setattr(ahead.expectation, "start", lambda logits: None)
+    of_gpu = ahead.ExpectationOfGpu(ops.CPU)
+    monkeypatch.setattr(autograd, "expectation_of", lambda logits: of_gpu)
 
     def gradient(by, tensors, options):
         function = cuda.cross_entropy_backward if by == autograd.LOGITS else cuda.soft_target_gradient
@@ -88,3 +89,36 @@ def torch_over_emulation(emulated, monkeypatch):
     for name in names:
         del sys.modules[f"fastloss.torch.{name}"]
         delattr(fastloss.torch, name)
+
+
+@contextlib.contextmanager
+def nothing_made_ahead(expectation):
+    """Forward makes no gradient."""
+    expectation.wait(10**6)
+    yield
+    expectation._to_come = 0
+
+
+def watched_trips(monkeypatch):
+    """What the kernels of a GPU do from now on: forward alone or with the gradient; backward, whether it kept or made that."""
+    names, mark = [], 77.0
+
+    def forward(*arguments, **options):
+        names.append("both" if len(arguments) > 8 else "forward")
+        return run_forward(*arguments, **options)
+
+    def backward(*arguments):
+        *others, grad, expected = arguments
+        if grad is None:
+            names.append("made")
+            return run_backward(*arguments)
+        before = grad.clone()
+        run_backward(*others, grad.fill_(mark), expected)
+        kept = bool((grad == mark).all())
+        names.append("kept" if kept else "made")
+        return grad.copy_(before) if kept else grad
+
+    run_forward, run_backward = ops.cross_entropy, ops.cross_entropy_backward
+    monkeypatch.setattr(ops, "cross_entropy", forward)
+    monkeypatch.setattr(ops, "cross_entropy_backward", backward)
+    return names

@@ -20,7 +20,7 @@ from fastloss.torch import (
     ops,
     plain,
 )
-from fastloss.torch.ahead import expectation
+from fastloss.torch.ahead import ExpectationOfGpu, OnGpu, expectation_of
 from fastloss.torch.ops import Options
 
 LOGITS, TARGET = 0, 1
@@ -44,10 +44,13 @@ class CrossEntropy(Function):
         """Runs the statistics pass, and makes the gradient on the way if its upstream gradient can be expected."""
         ctx.ahead = None
         if not torch.compiler.is_compiling():
-            if reduction != NONE and not inplace and logits.is_cpu and ctx.needs_input_grad[LOGITS]:
+            may_be_ahead = reduction != NONE and not inplace and ctx.needs_input_grad[LOGITS]
+            if may_be_ahead and (expectation := expectation_of(logits)):
                 ctx.ahead = expectation.start(logits)
             made = () if ctx.ahead is None else (ctx.ahead.grad, ctx.ahead.upstream)
-            loss, saved, scale = ops.cross_entropy(logits, target, weight, bias, options, reduction, denominator, True, *made)
+            loss, saved, scale = ops.cross_entropy(
+                logits, target, weight, bias, options, reduction, denominator, True, *made, as_with_gradient=may_be_ahead
+            )
             ctx.scale = scale
             ctx.save_for_backward(logits, target, weight, bias, saved)
         else:
@@ -83,23 +86,27 @@ class CrossEntropy(Function):
         by_target = ops.soft_target_gradient(*arguments) if needs_target else None
         by_logits = None
         if needs_logits:
-            by_logits, made = _place_for_gradient(ctx, upstream, logits)
+            by_logits, made, expected = _place_for_gradient(ctx, upstream, logits)
             if not made:
-                by_logits = ops.cross_entropy_backward(*arguments, by_logits)
+                by_logits = ops.cross_entropy_backward(*arguments, by_logits, expected)
         return by_logits, by_target, None, None, None, None, None, None
 
 
-def _place_for_gradient(ctx: Any, upstream: Tensor, logits: Tensor) -> tuple[Tensor | None, bool]:
-    """Where the gradient goes (None: to fresh memory), and whether forward has put it there already."""
+def _place_for_gradient(ctx: Any, upstream: Tensor, logits: Tensor) -> tuple[Tensor | None, bool, OnGpu | None]:
+    """Where the gradient goes (None: to fresh memory); whether it is there already, or how the GPU finds that out."""
     ahead, ctx.ahead = ctx.ahead, None
     if ctx.inplace:
         torch.autograd.graph.increment_version(logits)
-        return logits.detach(), False
-    if upstream.ndim > 0 or not logits.is_cpu:
-        return None, False
+        return logits.detach(), False, None
+    expectation = expectation_of(logits) if upstream.ndim == 0 else None
+    if expectation is None:
+        return None, False, None
+    place = None if ahead is None else ahead.take()
+    if isinstance(expectation, ExpectationOfGpu):
+        return place, False, expectation.of_backward(ahead)
     brought = upstream.item()
     expectation.learn(brought)
-    return (None, False) if ahead is None else (ahead.take(), brought == ahead.upstream)
+    return place, ahead is not None and brought == ahead.upstream, None
 
 
 # `Function.apply` without its question whether `torch.func` is at work, where the caller has asked that already.

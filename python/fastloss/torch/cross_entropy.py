@@ -43,8 +43,8 @@ def cross_entropy(
     - class id y: ``w_y * ((1 - eps) * (L - z_y) + z_loss * L**2) + eps / V * sum_j w_j * (L - z_j)``,
     - probabilities q: ``sum_j w_j * ((1 - eps) * q_j + eps / V) * (L - z_j) + z_loss * L**2``.
 
-    Forward reads the logits once and keeps a few numbers a row. A reduced loss of CPU logits makes the gradient in the same
-    trip, in memory of its own, times the upstream gradient that the last backward brought (1 at first). Where backward brings
+    Forward reads the logits once and keeps a few numbers a row. A reduced loss makes the gradient in the same trip, in memory
+    of its own, times the upstream gradient that the last backward on the device brought (1 at first). Where backward brings
     another one, and where forward made no gradient (``"none"``, `inplace`, under `torch.compile`, `torch.func`, checkpointing
     or offloading, while another loss waits for its backward, after an upstream gradient that was new or never came), backward
     reads the logits once more and writes the gradient: the same bits. Under `torch.compile` and `torch.func`, `inplace` has no

@@ -13,9 +13,10 @@ import os
 import torch
 from torch import Tensor
 
-from fastloss import _cuda
+from fastloss import _cpu, _cuda
 from fastloss._options import NONE, row_shape
 from fastloss.torch import ops
+from fastloss.torch.ahead import OnGpu
 from fastloss.torch.ops import CODES, Options, accumulation_dtype
 
 DEBUG = os.environ.get("FASTLOSS_DEBUG", "0") not in ("", "0")
@@ -47,6 +48,10 @@ def check_ids(target: Tensor, classes: int, ignore_index: int | None) -> None:
         raise IndexError(f"target[{place}] = {int(target.flatten()[place])} is out of range for {classes} classes")
 
 
+def _describe_upstream(upstream: Tensor) -> _cpu.Upstream:
+    return upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -57,6 +62,9 @@ def cross_entropy(
     denominator: float | None,
     keep: bool,
     grad: Tensor | None = None,
+    upstream: float | Tensor = 1.0,
+    *,
+    as_with_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `ops.cross_entropy`, with the factor 1 / denominator as a tensor."""
     dim = options.dim
@@ -76,8 +84,8 @@ def cross_entropy(
         ops.address(saved),
         scale.data_ptr(),
         None if grad is None else ops.describe(grad, dim),
-        None,
-        False,
+        _describe_upstream(upstream) if isinstance(upstream, Tensor) else None,
+        as_with_gradient,
         room.data_ptr(),
         *place,
     )
@@ -94,16 +102,18 @@ def cross_entropy_backward(
     scale: Tensor,
     options: Options,
     grad: Tensor | None = None,
+    expected: OnGpu | None = None,
 ) -> Tensor:
     """As `ops.cross_entropy_backward`."""
     grad = ops.fresh(logits) if grad is None else grad
+    made_for, following, surprised = expected or (None, None, None)
     upstream = upstream.resolve_neg().contiguous()
     _cuda.cross_entropy_backward(
         *ops.call_of(logits, target, weight, bias, options),
         scale.data_ptr(),
         saved.data_ptr(),
-        (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
-        (0, 0, 0),
+        _describe_upstream(upstream),
+        (ops.address(made_for), ops.address(following), ops.address(surprised)),
         ops.describe(grad, options.dim),
         *where(logits),
     )
@@ -130,7 +140,7 @@ def soft_target_gradient(
         options.label_smoothing,
         scale.data_ptr(),
         saved.data_ptr(),
-        (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
+        _describe_upstream(upstream),
         ops.describe(out, options.dim),
         *where(logits),
     )

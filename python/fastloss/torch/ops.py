@@ -142,18 +142,20 @@ def cross_entropy(
     denominator: float | None,
     keep: bool,
     grad: Tensor | None = None,
-    upstream: float = 1.0,
+    upstream: float | Tensor = 1.0,
     sampled: _cpu.SampledGradient | None = None,
+    *,
+    as_with_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None, float | Tensor]:
     """The loss, what backward needs of each row (see `saved_width`) if `keep`, and the factor 1 / denominator.
 
     The gradient by the logits comes from the same trip, times `upstream`: all of it in `grad`, which may be the logits, or a
-    sample. On a GPU the factor is a tensor, and there is neither sample nor upstream gradient.
+    sample. On a GPU factor and `upstream` are tensors, there is no sample, and last bits are those of a call with a gradient
+    only where there is one, or `as_with_gradient`; on the CPU bits are the same anyway.
     """
     if not logits.is_cpu:
-        on_gpu: tuple[Tensor, Tensor | None, Tensor] = gpu().cross_entropy(
-            logits, target, weight, bias, options, reduction, denominator, keep, grad
-        )
+        arguments = (logits, target, weight, bias, options, reduction, denominator, keep, grad, upstream)
+        on_gpu: tuple[Tensor, Tensor | None, Tensor] = gpu().cross_entropy(*arguments, as_with_gradient=as_with_gradient)
         return on_gpu
     dim = options.dim
     rows = row_shape(logits.shape, dim) if keep or reduction == NONE else ()
@@ -168,7 +170,7 @@ def cross_entropy(
         loss.data_ptr(),
         address(saved),
         None if grad is None else describe(grad, dim),
-        upstream,
+        upstream,  # type: ignore[arg-type]  # a float on the CPU
         sampled,
     )
     return loss, saved, 1.0 / used if used else 0.0  # nothing counted: no row has a gradient
@@ -184,10 +186,12 @@ def cross_entropy_backward(
     scale: float | Tensor,
     options: Options,
     grad: Tensor | None = None,
+    expected: tuple[Tensor | None, ...] | None = None,
 ) -> Tensor:
-    """The gradient by the logits, in `grad`, which may be the logits."""
+    """The gradient by the logits, in `grad`, which may be the logits; `expected` is an `ahead.OnGpu` where there is one."""
     if not logits.is_cpu:
-        on_gpu: Tensor = gpu().cross_entropy_backward(upstream, logits, target, weight, bias, saved, scale, options, grad)
+        arguments = (upstream, logits, target, weight, bias, saved, scale, options, grad, expected)
+        on_gpu: Tensor = gpu().cross_entropy_backward(*arguments)
         return on_gpu
     grad = fresh(logits) if grad is None else grad
     upstream = upstream.resolve_neg().contiguous()
