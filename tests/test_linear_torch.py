@@ -255,6 +255,30 @@ def test_each_library_gives_the_product(library, monkeypatch):
     assert_same_gradients(loss, expected, (hidden, weight, bias), tolerance={"rtol": 1e-5, "atol": 1e-6})
 
 
+# oneDNN's operator takes a bias by its pointer, whatever its strides.
+@pytest.mark.parametrize("library", ["blas", "onednn", "the faster one"])
+@pytest.mark.parametrize("strides", ["every third", "expanded"])
+def test_each_library_takes_a_bias_of_any_strides(strides, library, monkeypatch):
+    monkeypatch.setattr(matmul, "_PINNED", None if library == "the faster one" else library)
+    monkeypatch.setattr(matmul, "_MEASURED_FROM", 1)
+    monkeypatch.setattr(matmul, "_choices", {})
+    hidden, weight, bias = factors(torch.float32)
+    base = seeded(3 * CLASSES, scale=1.0, dtype=torch.float32) if strides == "every third" else bias[:1].detach()
+    bias = base[::3] if strides == "every third" else base.expand(CLASSES)
+    bias.requires_grad_()
+    target = targets("ids")
+    tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    for options in ({}, {"chunk_tokens": 4}, {"reduction": "none"}):
+        loss = ours(hidden, weight, target, linear_bias=bias, **options)
+        options.pop("chunk_tokens", None)
+        expected = reference(hidden, weight, bias, target, **options)
+        assert_same_gradients(loss, expected, (hidden, weight, bias), tolerance=tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(hidden, weight, target, linear_bias=bias, backward="sampled"), expected.mean())
+    stats = fastloss.torch.linear_logit_stats(hidden, weight, target, bias=bias, want="logprob")
+    torch.testing.assert_close(-stats.logprob, expected, **tolerance)
+
+
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "no blocks"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 129, 65), (32, 300, 64), (33, 128, 200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
