@@ -3,6 +3,7 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <algorithm>
 #include <atomic>
@@ -18,8 +19,6 @@
 
 namespace fastloss {
 namespace {
-
-constexpr int kMaxThreads = 1024;
 
 std::atomic<int> requested_threads{0};
 std::atomic<TorchParallelFor> torch_parallel{nullptr};
@@ -118,13 +117,13 @@ int available_cpus() {
 int environment_threads() {
   const char* text = getenv("FASTLOSS_NUM_THREADS");
   if (text == nullptr || *text == 0) return 0;
-  char* end = nullptr;
-  const long threads = strtol(text, &end, 10);
-  if (*end != 0 || threads < 1) {
+  const size_t digits = strspn(text, "0123456789");  // strtol would take blanks and a sign before them
+  const long threads = text[digits] == 0 ? strtol(text, nullptr, 10) : 0;
+  if (threads < 1 || threads > kMostThreads) {
     throw std::invalid_argument("FASTLOSS_NUM_THREADS = '" + std::string(text) +
-                                "' is not a number of threads: expected 1 or more");
+                                "' is not a number of threads: expected 1 to " + std::to_string(kMostThreads));
   }
-  return static_cast<int>(std::min<long>(threads, kMaxThreads));
+  return static_cast<int>(threads);
 }
 
 }  // namespace
@@ -140,7 +139,7 @@ int get_num_threads() {
   return cpus;
 }
 
-void set_num_threads(int threads) { requested_threads = std::min(threads, kMaxThreads); }
+void set_num_threads(int threads) { requested_threads = threads; }
 
 void use_torch_pool(TorchParallelFor parallel, TorchGetNumThreads count) {
   pool();  // registers the fork handler

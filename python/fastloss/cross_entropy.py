@@ -120,7 +120,7 @@ def cross_entropy(
     options = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
     x = _arrays.floating(logits, "logits")
     axis = _options.class_axis(axis, x.shape, "axis", "logits")
-    y = np.asarray(target)
+    y = _arrays.plain(target, "target")
     if y.dtype.kind in "iu":
         _options.check_ids_shape(y.shape, x.shape, axis, "logits")
         y = _arrays.class_ids(y)
@@ -128,6 +128,7 @@ def cross_entropy(
     elif y.dtype.name in _arrays.DTYPE_CODES:
         y = _arrays.floating(y, "target")
         _options.check_probabilities_shape(y.shape, x.shape, "logits")
+        _options.check_ignore_index_use(ignore_index)
         ids, probabilities = None, _arrays.tensor(y, axis)
     else:
         raise TypeError(f"target must hold integer class ids or floating-point class probabilities, got {y.dtype}")

@@ -92,18 +92,22 @@ def linear_cross_entropy(
     """
     options = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
     sampled, least = _options.backward_code(backward), _options.threshold(threshold)
+    if seed is not None and not isinstance(seed, np.random.Generator):
+        seed = _options.seed(seed)
     factors = _Factors(hidden, weight, bias)
-    y = np.asarray(target)
+    y = _arrays.plain(target, "target")
     kept: Array | None = None
     if y.dtype.kind in "iu":
         _options.check_ids_shape(y.shape, factors.logits_shape, len(factors.rows), "the logits")
-        y = _arrays.class_ids(y).reshape(-1)
-        _cpu.check_targets((_arrays.address(y), y.itemsize), y.size, factors.classes, options.ignore_index)
+        y = _arrays.class_ids(y)
+        _cpu.check_targets((_arrays.address(y), y.itemsize), y.shape, factors.classes, options.ignore_index)
+        y = y.reshape(-1)
         counts = y != options.ignore_index
         kept = None if counts.all() else np.flatnonzero(counts)
         y = y if kept is None else y[kept]
     elif y.dtype.name in _arrays.DTYPE_CODES:
         _options.check_probabilities_shape(y.shape, factors.logits_shape, "the logits")
+        _options.check_ignore_index_use(ignore_index)
         y = np.ascontiguousarray(_arrays.floating(y, "target")).reshape(-1, factors.classes)
     else:
         raise TypeError(f"target must hold integer class ids or floating-point class probabilities, got {y.dtype}")
@@ -116,7 +120,7 @@ def linear_cross_entropy(
     elif options.reduction == _options.MEAN:
         divisor = len(y) if weights is None or y.ndim == 2 else weights[y].sum(dtype=np.float64)
     losses = np.empty(projection.tokens, factors.dtype)
-    sampler = Sampler(_seed(seed), least, factors.dtype) if return_grad and sampled else None
+    sampler = Sampler(_drawn(seed), least, factors.dtype) if return_grad and sampled else None
     numbers = np.arange(factors.tokens) if kept is None else kept
 
     def kernel(tokens: slice, logits: Array) -> None:
@@ -195,12 +199,12 @@ def linear_logit_stats(
     biases = _arrays.per_class(logit_bias, "logit_bias", factors.weight, 0)
     ids: Array | None = None
     if target is not None:
-        ids = np.asarray(target)
+        ids = _arrays.plain(target, "target")
         if ids.dtype.kind not in "iu":
             raise TypeError(f"target must hold integer class ids, got {ids.dtype}")
         k = _options.ids_per_row(ids.shape, factors.logits_shape, len(factors.rows), "target", "the logits")
         ids = _arrays.class_ids(ids)
-        _cpu.check_targets((_arrays.address(ids), ids.itemsize), ids.size, factors.classes, None)
+        _cpu.check_targets((_arrays.address(ids), ids.itemsize), ids.shape, factors.classes, None)
         ids = ids.reshape(factors.tokens, *((k,) if ids.ndim > len(factors.rows) else ()))
     projection = _Projection(factors, None, chunk_tokens, carry_back=False)
     chunks: list[LogitStats] = []
@@ -228,6 +232,8 @@ class _Factors:
         h, w = _arrays.floating(hidden, "hidden"), _arrays.floating(weight, "weight")
         if h.ndim < 1:
             raise ValueError("hidden must have shape (..., H), got a 0-dimensional array")
+        if h.shape[-1] == 0:
+            raise ValueError(f"hidden must have at least one feature, got shape {h.shape}")
         if w.ndim != 2 or w.shape[1] != h.shape[-1]:
             raise ValueError(f"weight must have shape (V, {h.shape[-1]}) for hidden of shape {h.shape}, got {w.shape}")
         if w.shape[0] == 0:
@@ -320,7 +326,5 @@ def _as_written(by_hidden: Array, by_weight: Array, by_bias: Array, factors: _Fa
     )
 
 
-def _seed(seed: object) -> int:
-    if seed is None or isinstance(seed, np.random.Generator):
-        return int(np.random.default_rng(seed).integers(2**63))
-    return _options.seed(seed)
+def _drawn(seed: int | np.random.Generator | None) -> int:
+    return seed if isinstance(seed, int) else int(np.random.default_rng(seed).integers(2**63))
