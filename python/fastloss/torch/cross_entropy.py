@@ -12,7 +12,7 @@ from torch.nn import _reduction as legacy
 
 from fastloss import _options
 from fastloss.torch import ops
-from fastloss.torch.arguments import check_logits, check_rows_target, per_class
+from fastloss.torch.arguments import check_denominator, check_logits, check_rows_target, loss_options, per_class
 from fastloss.torch.autograd import CrossEntropy, CrossEntropyUnderTransforms, apply_cross_entropy
 from fastloss.torch.ops import Options
 
@@ -97,16 +97,14 @@ def cross_entropy(
         reduction = legacy.legacy_get_string(size_average, reduce)
     check_logits("input", input, cuda=True)
     class_dim = _options.class_axis(dim, input.shape, "dim", "input")
-    target = check_rows_target(input, target, class_dim)
+    target = check_rows_target(input, target, class_dim, ignore_index)
     if weight is not None:
         weight = per_class("weight", weight, input, class_dim)
     if logit_bias is not None:
         logit_bias = per_class("logit_bias", logit_bias, input, class_dim)
     divisor: Tensor | None = None
     if isinstance(denominator, Tensor):
-        _options.check_denominator_use(reduction)
-        if denominator.ndim != 0:
-            raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
+        check_denominator(denominator, reduction, input)
         divisor, denominator, reduction = denominator, None, "sum"
     choices = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
     eager = ops.eager(input, target, weight, logit_bias)
@@ -136,19 +134,23 @@ def _check_options(
     reduction: str,
     denominator: float | None,
 ) -> tuple[Options, int, float | None]:
-    checked = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
+    checked = loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
     options = Options(dim, checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
     return options, checked.reduction, checked.denominator
 
 
 # A training loop passes the same few options on every call: looking them up costs less than checking them.
-_look_up_options = functools.lru_cache(maxsize=256, typed=True)(_check_options)
+@functools.lru_cache(maxsize=256, typed=True)
+def _look_up_options(*choices: Any) -> tuple[Options, int, float | None]:
+    if any(isinstance(choice, Tensor) for choice in choices):
+        raise TypeError("a tensor may change its value")
+    return _check_options(*choices)
 
 
 def _remembered_options(*choices: Any) -> tuple[Options, int, float | None]:
     try:
         return _look_up_options(*choices)
-    except TypeError:  # something that cannot be hashed, perhaps: the check itself names the argument
+    except TypeError:  # a tensor, or something that cannot be hashed: the check itself names the argument
         return _check_options(*choices)
 
 
@@ -198,7 +200,9 @@ class CrossEntropyLoss(torch.nn.Module):
         super().__init__()
         if size_average is not None or reduce is not None:
             reduction = legacy.legacy_get_string(size_average, reduce)
-        _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, None)
+        loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, None)
+        if dim is not None:
+            _options.index("dim", dim)
         self.register_buffer("weight", weight)
         self.register_buffer("logit_bias", logit_bias)
         self.ignore_index = ignore_index
@@ -231,5 +235,5 @@ class CrossEntropyLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Shows the options that are numbers and words."""
-        shown = ("reduction", "label_smoothing", "z_loss", "softcap", "temperature", "inplace")
+        shown = ("ignore_index", "reduction", "label_smoothing", "dim", "z_loss", "softcap", "temperature", "inplace")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)

@@ -82,10 +82,9 @@ def _check_ids(target: Tensor, logits: Tensor, dim: int, name: str) -> Tensor:
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(target).__name__}")
     check_device(name, target, logits)
-    _options.ids_per_row(target.shape, logits.shape, dim, name, "logits")
-    if target.dtype.is_floating_point:
-        raise TypeError(f"{name} must hold integer class ids, got {str(target.dtype).removeprefix('torch.')}")
-    return as_class_ids(target)
+    ids = as_class_ids(name, target, "integer class ids")
+    _options.ids_per_row(ids.shape, logits.shape, dim, name, "logits")
+    return ids
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
@@ -106,8 +105,11 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
                 [0.2500, 0.2500]])
     """
     check_logits("logits", logits, cuda=True)
-    _check_ids(index, logits, logits.ndim - 1, "index")
-    logprob: Tensor = logit_stats(logits, index, want=("logprob",), temperature=temperature).logprob
+    ids = _check_ids(index, logits, _options.class_axis(-1, logits.shape, "dim", "logits"), "index")
+    try:
+        logprob: Tensor = logit_stats(logits, ids, want=("logprob",), temperature=temperature).logprob
+    except IndexError as error:  # whose message calls the ids a target
+        raise IndexError(str(error).replace("target", "index", 1)) from None
     return logprob
 
 
