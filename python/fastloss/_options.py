@@ -30,7 +30,7 @@ class LogitStats(NamedTuple):
         max_prob: max_j p_j.
         argmax: the first class that has the largest logit, int64; -1 in a row whose normaliser is NaN.
         rank: number of classes that a stable descending sort puts before the target, int64, in the shape of `target`;
-            0 exactly where the target is the argmax.
+            0 exactly where the target is the argmax; -1 in a row whose normaliser is NaN.
     """
 
     logprob: Any = None

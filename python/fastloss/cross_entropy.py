@@ -83,14 +83,15 @@ def cross_entropy(
         weight: (V,), a weight for each class; ones by default.
         axis: the class axis; None is PyTorch's convention, 1, or 0 for one-dimensional logits; -1 serves
             [batch, time, vocab].
-        ignore_index: class id of rows that do not count.
+        ignore_index: class id of rows that do not count; not for probabilities, unless negative.
         reduction: "none", "mean" or "sum" over the rows.
         label_smoothing: eps, in [0, 1].
         z_loss: factor of the squared log-normaliser, at least 0.
         softcap: bound of the logits, positive; None for none.
         temperature: divides the logits, positive.
         bias: (V,), added to the transformed logits (logit adjustment); a constant of the gradient.
-        denominator: divides the sum, for reduction "mean": the token count of a whole accumulation window, say.
+        denominator: divides the sum, for reduction "mean": the token count of a whole accumulation window, say;
+            positive.
         return_grad: returns the gradient of the loss (of its sum, for reduction "none") by the logits as well.
 
     Returns:

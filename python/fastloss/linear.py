@@ -45,11 +45,11 @@ def linear_cross_entropy(
     bfloat16 arrays are computed in float32, and gradients rounded once.
 
     With ``backward="sampled"`` few entries of each token's gradient by its logits are kept, at random and without bias: with
-    u uniform in (0, 1], t the threshold and s the factor of the token's probabilities (1 for a plain cross-entropy), c_j is
-    kept if ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's entry always, as it is. The
-    expectation of an entry is c_j and its variance at most ``t * s * abs(c_j)``; about 1/t entries of a token are kept, and
-    the two products of the backward become short sums. Where a z-loss leaves s smaller than what label smoothing or
-    probabilities add to the entries besides the target's, s is the mean of both. The loss stays exact.
+    u uniform in (0, 1], t the threshold and s the factor of the token's probabilities (1 / temperature for a plain
+    cross-entropy), c_j is kept if ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's entry
+    always, as it is. The expectation of an entry is c_j and its variance at most ``t * s * abs(c_j)``; about 1/t entries of a
+    token are kept, and the two products of the backward become short sums. Where a z-loss leaves s smaller than what label
+    smoothing or probabilities add to the entries besides the target's, s is the mean of both. The loss stays exact.
 
     Args:
         hidden: (..., H), hidden states; float32, float64, float16 or bfloat16 (of ml_dtypes).
@@ -57,18 +57,18 @@ def linear_cross_entropy(
         target: integers (...), or floating-point class probabilities (..., V).
         bias: (V,), part of the linear map.
         class_weight: (V,), a weight for each class; ones by default.
-        ignore_index: class id of tokens that do not count.
+        ignore_index: class id of tokens that do not count; not for probabilities, unless negative.
         reduction: "none", "mean" or "sum" over the tokens.
         label_smoothing: eps, in [0, 1].
         z_loss: factor of the squared log-normaliser, at least 0.
         softcap: bound of the logits, positive; None for none.
         temperature: divides the logits, positive.
         logit_bias: (V,), added to the transformed logits; a constant of the gradient.
-        denominator: divides the sum, for reduction "mean".
+        denominator: divides the sum, for reduction "mean"; positive.
         return_grad: returns the gradients of the loss (of its sum, for reduction "none") as well.
         backward: "exact" or "sampled".
         threshold: t in (0, 1], for the sampled backward.
-        seed: an int, a NumPy generator, or None for fresh random numbers, for the sampled backward.
+        seed: an int from -2**63 to 2**64 - 1, a NumPy generator, or None for fresh random numbers, for the sampled backward.
         chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits.
 
     Returns:
@@ -192,6 +192,8 @@ def linear_logit_stats(
         >>> stats = fastloss.linear_logit_stats(hidden, weight, [3, 5], want=("logprob", "entropy"))
         >>> print(np.exp(stats.logprob), np.exp(stats.entropy))
         [0.125 0.125] [8. 8.]
+
+    Source: that of the statistics, see `logit_stats`.
     """
     _options.transform_options(temperature, softcap)
     names = _options.wanted_statistics(want, target is not None)

@@ -57,17 +57,17 @@ def cross_entropy(
             the shape of the logits, which may need gradients.
         weight: class weights, shape ``(C)``; a constant.
         size_average: deprecated by PyTorch, see `reduction`.
-        ignore_index: rows with this id count nothing and get a zero gradient.
+        ignore_index: rows with this id count nothing and get a zero gradient. Not for probabilities, unless negative.
         reduce: deprecated by PyTorch, see `reduction`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by the weights of the counted rows, or by the number of
             rows for probabilities.
-        label_smoothing: eps in [0, 1].
+        label_smoothing: eps in [0, 1]; it and the numbers below may be 0-d tensors, whose values are read.
         dim: the class dimension. None is PyTorch's convention: 1, or 0 for 1-D logits. Use -1 for ``[batch, time, vocab]``.
-        z_loss: factor of the squared log-sum-exp.
-        softcap: bound of the logits.
-        temperature: divides the logits first.
+        z_loss: factor of the squared log-sum-exp, at least 0.
+        softcap: bound of the logits, positive; None for none.
+        temperature: divides the logits first, positive.
         logit_bias: one number a class, added last (logit adjustment), shape ``(C)``; a constant.
-        denominator: number or 0-d tensor that divides the sum in place of the counted weights: the tokens of a whole
+        denominator: positive number or 0-d tensor that divides the sum in place of the counted weights: the tokens of a whole
             accumulation window, say. A batch with every target ignored then gives 0, on the graph, and not NaN.
         inplace: backward writes the gradient over the logits, so that no second tensor of their size is made; fresh memory, in
             the trip of the loss, is faster. Autograd reports any other use of the logits after that.
@@ -80,6 +80,7 @@ def cross_entropy(
         ValueError: shapes or options that do not fit, `inplace` on a leaf that needs a gradient.
         IndexError: a class id out of range. On a GPU its row becomes NaN instead, but with `FASTLOSS_DEBUG=1`.
         NotImplementedError: tensors on other devices than the CPU and, where fastloss was built for it, CUDA.
+        RuntimeError: a second derivative (``create_graph=True``) of a loss with `inplace`, in backward.
 
     Example:
         >>> import torch
@@ -92,6 +93,8 @@ def cross_entropy(
     Source:
         Label smoothing: Szegedy et al., "Rethinking the Inception Architecture" (2016).
         z-loss: Chowdhery et al., "PaLM" (2022).
+        Softcap: Gemma Team, "Gemma 2" (2024).
+        Logit bias: Menon et al., "Long-tail learning via logit adjustment" (2021).
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
@@ -169,6 +172,22 @@ def _check_inplace(input: Tensor) -> None:
 
 class CrossEntropyLoss(torch.nn.Module):
     """`cross_entropy` as a module: `torch.nn.CrossEntropyLoss` with the same options, and those of fastloss.
+
+    Args:
+        weight: class weights, shape ``(C)``; a buffer, as in PyTorch.
+        size_average: deprecated by PyTorch, see `reduction`.
+        ignore_index: see `cross_entropy`, as for all that follow.
+        reduce: deprecated by PyTorch, see `reduction`.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: eps in [0, 1].
+        dim: the class dimension.
+        z_loss: factor of the squared log-sum-exp.
+        softcap: bound of the logits.
+        temperature: divides the logits first.
+        logit_bias: one number a class, shape ``(C)``; a buffer.
+        inplace: backward writes the gradient over the logits.
+
+    A `denominator` may change from call to call: it is given to `forward`, after input and target.
 
     Example:
         >>> import torch

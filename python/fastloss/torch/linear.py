@@ -64,15 +64,15 @@ def linear_cross_entropy(
 ) -> Tensor:
     r"""`cross_entropy(linear(input, linear_weight, linear_bias), target)` with the logits of a few tokens at a time.
 
-    It takes every call of `torch.nn.functional.linear_cross_entropy`. The formula of the loss stands at
+    It takes the calls of `torch.nn.functional.linear_cross_entropy`. The formula of the loss stands at
     :func:`fastloss.torch.cross_entropy`. Tokens with the ignored id are left out before the first product.
 
     ``backward="exact"``: a reduced loss makes its gradients in forward, chunk by chunk, while the logits are there: three
     matrix products in all. Losses of single tokens (``reduction="none"``) make the logits once more in backward.
 
     ``backward="sampled"``: of the gradient c by the logits of a token few entries are kept, at random: with u uniform in
-    (0, 1], t the threshold and s the factor of the token's probabilities (1 for a plain cross-entropy), an entry is kept if
-    ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's entry is always kept as it is. The
+    (0, 1], t the threshold and s the factor of the token's probabilities (1 / temperature for a plain cross-entropy), an entry
+    is kept if ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's is always kept as it is. The
     expectation of every entry is exactly c_j, its variance at most ``t * s * abs(c_j)``: t times the variance that the label
     itself has. On average at most ``1 / t`` entries and the target's are kept (with label smoothing or probabilities up to
     ``2 / t``: where a z-loss leaves s smaller than what those add to the other entries, s is the mean of both), whatever
@@ -88,17 +88,19 @@ def linear_cross_entropy(
         weight: class weights ``(C)``; a constant.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: tokens with this id count nothing; None stands for -100. Not for probabilities.
-        label_smoothing: eps in [0, 1].
+        label_smoothing: eps in [0, 1]; it and the numbers below may be 0-d tensors, whose values are read.
         options: a `torch.nn.LinearCrossEntropyOptions`, for its `batch_chunk_size`; everything else in it is of no use here.
-        z_loss: factor of the squared log-sum-exp.
-        softcap: bound of the logits.
-        temperature: divides the logits first.
+        z_loss: factor of the squared log-sum-exp, at least 0.
+        softcap: bound of the logits, positive; None for none.
+        temperature: divides the logits first, positive.
         logit_bias: one number a class, added to the transformed logits, shape ``(C)``; a constant.
-        denominator: number or 0-d tensor that divides the sum in place of the counted weights.
+        denominator: positive number or 0-d tensor that divides the sum in place of the counted weights.
         backward: ``"exact"`` or ``"sampled"``.
         threshold: t in (0, 1], for the sampled backward.
-        seed: an int or a `torch.Generator`, for the sampled backward; by default a number drawn from PyTorch's generator.
-            Under `torch.vmap` a given one serves every sample; drawn ones follow its `randomness`.
+        seed: an int, as `torch.manual_seed` takes it, or a `torch.Generator`, for the sampled backward; by default a number
+            drawn from PyTorch's generator. Of a weight with further dimensions, place i in the order of memory has the seed
+            ``seed + i * 0x9E3779B97F4A7C15`` modulo 2**64. Under `torch.vmap` a given one serves every sample; drawn ones
+            follow its `randomness`.
         sparse: for the sampled backward: the gradients by `linear_weight` ``(C, H)`` and `linear_bias` are sparse tensors with
             a row for each class that has an entry, sorted by class, as `torch.nn.Embedding` with ``sparse=True`` has them and
             `torch.optim.SparseAdam` and `torch.optim.SGD` take them. Each row has the bits of the dense gradient, which is not
@@ -127,6 +129,7 @@ def linear_cross_entropy(
         0.3955 (2, 2) (3, 2)
 
     Source:
+        The loss: see :func:`fastloss.torch.cross_entropy`.
         The sampling rule: Wangni et al., "Gradient Sparsification for Communication-Efficient Distributed Optimization" (2018).
     """
     check_factors(input, linear_weight, linear_bias)
@@ -227,8 +230,8 @@ def linear_logit_stats(
         target: class ids ``(...)``, or ``(..., K)`` for K ids a token.
         bias: ``(C)``, part of the linear map, differentiable.
         want: names of statistics, see :func:`fastloss.torch.logit_stats`.
-        softcap: bound of the logits.
-        temperature: divides the logits first.
+        softcap: bound of the logits, positive; None for none.
+        temperature: divides the logits first, positive.
         logit_bias: one number a class, added to the transformed logits; a constant.
         chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits, on a GPU 512 MiB or what
             takes no more memory in all.
@@ -248,6 +251,9 @@ def linear_logit_stats(
         >>> stats = linear_logit_stats(torch.zeros(2, 3), torch.zeros(8, 3), torch.tensor([3, 5]), want=("logprob", "entropy"))
         >>> print(stats.logprob.exp(), stats.entropy.exp())
         tensor([0.1250, 0.1250]) tensor([8., 8.])
+
+    Source:
+        That of the statistics, see :func:`fastloss.torch.logit_stats`.
     """
     check_factors(hidden, weight, bias, ("hidden", "weight", "bias"))
     if weight.ndim != 2:
