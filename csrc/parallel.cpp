@@ -3,7 +3,6 @@
 
 #include <pthread.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include <algorithm>
 #include <atomic>
@@ -115,13 +114,14 @@ int available_cpus() {
 
 // 0 where the variable is not set.
 int environment_threads() {
-  const char* text = getenv("FASTLOSS_NUM_THREADS");
-  if (text == nullptr || *text == 0) return 0;
-  const size_t digits = strspn(text, "0123456789");  // strtol would take blanks and a sign before them
-  const long threads = text[digits] == 0 ? strtol(text, nullptr, 10) : 0;
+  const char* variable = getenv("FASTLOSS_NUM_THREADS");
+  const std::string text = variable ? variable : "";
+  if (text.empty()) return 0;
+  const bool digits = text.find_first_not_of("0123456789") == std::string::npos;  // strtol takes blanks and signs, too
+  const long threads = digits ? strtol(text.c_str(), nullptr, 10) : 0;
   if (threads < 1 || threads > kMostThreads) {
-    throw std::invalid_argument("FASTLOSS_NUM_THREADS = '" + std::string(text) +
-                                "' is not a number of threads: expected 1 to " + std::to_string(kMostThreads));
+    throw std::invalid_argument("FASTLOSS_NUM_THREADS = '" + text + "' is not a number of threads: expected 1 to " +
+                                std::to_string(kMostThreads));
   }
   return static_cast<int>(threads);
 }

@@ -328,15 +328,17 @@ def test_each_library_gives_the_product(library, monkeypatch):
 
 # oneDNN's operator takes a bias by its pointer, whatever its strides.
 @pytest.mark.parametrize("library", ["blas", "onednn", "the faster one"])
-@pytest.mark.parametrize("strides", ["every third", "expanded"])
+@pytest.mark.parametrize("strides", ["every third", "expanded", "of a place"])
 def test_each_library_takes_a_bias_of_any_strides(strides, library, monkeypatch):
     monkeypatch.setattr(matmul, "_PINNED", None if library == "the faster one" else library)
     monkeypatch.setattr(matmul, "_MEASURED_FROM", 1)
     monkeypatch.setattr(matmul, "_choices", {})
     hidden, weight, bias = factors(torch.float32)
-    base = seeded(3 * CLASSES, scale=1.0, dtype=torch.float32) if strides == "every third" else bias[:1].detach()
-    bias = base[::3] if strides == "every third" else base.expand(CLASSES)
-    bias.requires_grad_()
+    bias = {
+        "every third": seeded(3 * CLASSES, scale=1.0, dtype=torch.float32)[::3],
+        "expanded": bias[:1].detach().expand(CLASSES),
+        "of a place": seeded(CLASSES, 4, scale=1.0, dtype=torch.float32)[:, 1],
+    }[strides].requires_grad_()
     target = targets("ids")
     tolerance = {"rtol": 1e-5, "atol": 1e-6}
     for options in ({}, {"chunk_tokens": 4}, {"reduction": "none"}):

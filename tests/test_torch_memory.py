@@ -61,9 +61,14 @@ def stats_tensors():
     return {"logits": seeded(TOKENS, CLASSES), "target": seeded_ids(CLASSES, TOKENS), "bias": seeded(CLASSES, seed=2)}
 
 
+def selective_tensors():
+    return {"logits": seeded(TOKENS, CLASSES), "index": seeded_ids(CLASSES, TOKENS)}
+
+
 CALLS = {
     "cross_entropy": (fl.cross_entropy, tensors),
     "logit_stats": (lambda **given: fl.logit_stats(**given).logprob, stats_tensors),
+    "selective_log_softmax": (fl.selective_log_softmax, selective_tensors),
     "linear_cross_entropy": (fl.linear_cross_entropy, linear_tensors),
     "linear_logit_stats": (lambda **given: fl.linear_logit_stats(**given).logprob, linear_stats_tensors),
 }

@@ -129,6 +129,7 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
     """
     check_logits("logits", logits, cuda=True)
     ids = _check_ids(index, logits, _options.class_axis(-1, logits.shape, "dim", "logits"), "index")
+    ids = ops.in_memory("index", ids)
     try:
         logprob: Tensor = logit_stats(logits, ids, want=("logprob",), temperature=temperature).logprob
     except IndexError as error:  # whose message calls the ids a target
