@@ -106,7 +106,7 @@ def cross_entropy(
     if logit_bias is not None:
         logit_bias = per_class("logit_bias", logit_bias, input, class_dim)
     divisor: Tensor | None = None
-    if isinstance(denominator, Tensor):
+    if denominator is not None and isinstance(denominator, Tensor):  # of None alone isinstance takes 90 ns
         check_denominator(denominator, reduction, input)
         divisor, denominator, reduction = denominator, None, "sum"
     choices = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
