@@ -6,11 +6,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cfloat>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cross_entropy.hpp"
+#include "layout.hpp"
 
 namespace py = pybind11;
 using namespace fastloss;
@@ -41,6 +44,41 @@ double real(PyObject* number) {
   const double value = PyFloat_AsDouble(number);
   if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
   return value;
+}
+
+// PyTorch has a null pointer for a tensor whose storage was freed behind its back.
+void check_memory(const char* name, const void* data, int64_t elements) {
+  if ((data && data != &nothing) || elements == 0) return;
+  throw std::invalid_argument(std::string(name) + " has no memory: its storage was resized or freed, but it has " +
+                              std::to_string(elements) + " elements");
+}
+
+// In the accumulation type neither the number nor its reciprocal may become 0 or infinite.
+void check_range(const char* name, double value, Dtype logits) {
+  const bool wide = logits == kF64;
+  const double least = wide ? DBL_MIN : FLT_MIN;
+  if (value >= least && value <= 1.0 / least) return;
+  char text[160];
+  snprintf(text, sizeof text, "%s must be between %.2g and %.2g for sums in %s, got %g", name, least, 1.0 / least,
+           wide ? "float64" : "float32", value);
+  throw std::invalid_argument(text);
+}
+
+// What Python cannot check at no cost.
+void check_call(const char* logits_name, const Tensor& logits, const Targets& target, const Transform& z) {
+  check_memory(logits_name, logits.data, row_count(logits) * logits.shape[logits.axis]);
+  if (target) check_memory("target", target.data, row_count(logits) * target.k);
+  check_range("temperature", 1.0 / z.inv_temperature, logits.dtype);
+  if (z.softcap == 0.0) return;
+  check_range("softcap", z.softcap, logits.dtype);
+  check_range("temperature * softcap", z.softcap / z.inv_temperature, logits.dtype);
+}
+
+CrossEntropyCall call_of(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
+                         const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss) {
+  check_call("input", logits, target, z);
+  if (soft_target) check_memory("target", soft_target.data, row_count(logits) * logits.shape[logits.axis]);
+  return {logits, target, soft_target, pointer<const void>(weight), z, ignore_index, label_smoothing, z_loss};
 }
 
 // The items of a tuple, checked by their number alone: Python has built it.

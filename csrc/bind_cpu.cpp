@@ -25,8 +25,7 @@ double bind_cross_entropy(const Tensor& logits, const Targets& target, const Ten
   // Cast by hand: before pybind11 takes None for a null pointer, it has Python raise and drop an AttributeError.
   SampledGradient* const kept = sampled.is_none() ? nullptr : sampled.cast<SampledGradient*>();
   const py::gil_scoped_release release;
-  const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
-                              z,      ignore_index, label_smoothing, z_loss};
+  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
   return cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
                        pointer<double>(saved), grad, upstream, kept);
 }
@@ -35,19 +34,16 @@ void bind_cross_entropy_backward(const Tensor& logits, const Targets& target, co
                                  const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, double scale,
                                  uintptr_t saved, const Upstream& upstream, const Tensor& grad) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
-                              z,      ignore_index, label_smoothing, z_loss};
+  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
+  check_memory("the upstream gradient", upstream.data, upstream.step ? row_count(logits) : 1);
   cross_entropy_backward(call, scale, pointer<const double>(saved), upstream, grad);
 }
 
 void bind_soft_target_gradient(const Tensor& logits, uintptr_t weight, const Transform& z, double label_smoothing, double scale,
                                uintptr_t saved, const Upstream& upstream, const Tensor& out) {
   const py::gil_scoped_release release;
-  CrossEntropyCall call;
-  call.logits = logits;
-  call.weight = pointer<const void>(weight);
-  call.transform = z;
-  call.label_smoothing = label_smoothing;
+  const CrossEntropyCall call = call_of(logits, {}, {}, weight, z, 0, label_smoothing, 0.0);
+  check_memory("the upstream gradient", upstream.data, upstream.step ? row_count(logits) : 1);
   soft_target_gradient(call, scale, pointer<const double>(saved), upstream, out);
 }
 
@@ -58,6 +54,7 @@ void bind_statistics(const Tensor& logits, Targets target, int k, const Transfor
                              pointer(out[3]),          pointer(out[4]),          pointer(out[5]),
                              pointer<int64_t>(out[6]), pointer<int64_t>(out[7]), pointer<double>(saved)};
   target.k = k;
+  check_call("logits", logits, target, z);
   statistics(logits, target, z, outputs);
 }
 
@@ -65,6 +62,7 @@ void bind_gradient(const Tensor& logits, uintptr_t saved, uintptr_t coefficients
                    const Transform& z, const Tensor& grad) {
   const py::gil_scoped_release release;
   target.k = k;
+  check_call("logits", logits, target, z);
   stats_gradient(logits, pointer<const double>(saved), pointer<const double>(coefficients), target, pointer<const double>(g), z,
                  grad);
 }
@@ -116,9 +114,13 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("BLOCK") = kBlock;
   m.def("cross_entropy", &bind_cross_entropy);
   m.def("cross_entropy_backward", &bind_cross_entropy_backward);
-  m.def("check_targets", [](const Targets& target, int64_t rows, int64_t classes, std::optional<int64_t> ignore_index) {
-    check_targets(target, rows, classes, ignore_index ? &*ignore_index : nullptr);
-  });
+  m.def("check_targets",
+        [](const Targets& target, const std::vector<int64_t>& shape, int64_t classes, std::optional<int64_t> ignore_index) {
+          int64_t count = 1;
+          for (const int64_t extent : shape) count *= extent;
+          check_memory("target", target.data, count);
+          check_targets(target, shape, -1, classes, ignore_index ? &*ignore_index : nullptr);
+        });
   m.def("soft_target_gradient", &bind_soft_target_gradient);
   m.def("statistics", &bind_statistics);
   m.def("gradient", &bind_gradient);
@@ -150,6 +152,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("set_isa", &set_isa);
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads);
+  m.attr("MOST_THREADS") = kMostThreads;
   m.def("use_torch_pool", [](uintptr_t parallel, uintptr_t count) {
     use_torch_pool(reinterpret_cast<TorchParallelFor>(parallel), reinterpret_cast<TorchGetNumThreads>(count));
   });

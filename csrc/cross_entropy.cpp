@@ -131,7 +131,7 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
                      const Tensor& grad, double upstream, SampledGradient* sampled) {
   const Call call(c);
   const int64_t rows = row_count(c.logits);
-  if (c.target) check_targets(c.target, rows, c.logits.shape[c.logits.axis], &c.ignore_index);
+  if (c.target) check_targets(c.target, c.logits.shape, c.logits.axis, c.logits.shape[c.logits.axis], &c.ignore_index);
   const double divisor = denominator ? *denominator : reduction == Reduction::kMean ? call.counted(rows) : 1.0;
   const double factor = (divisor != 0.0 ? 1.0 / divisor : 0.0) * upstream;  // nothing counted: no row has a gradient
   const Dtype dtype = accumulation(c.logits.dtype);

@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <stdexcept>
-#include <string>
 
 #include "dispatch.hpp"
 #include "layout.hpp"
@@ -288,16 +286,6 @@ void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& o
         .soft_gradient(pass, layout.tile(RowLayout::kLogits, first), tiling.rows(tile), 0, (pass.classes + kBlock - 1) / kBlock,
                        stats, scale, layout.tile(RowLayout::kGrad, first), scratch());
   });
-}
-
-void check_targets(const Targets& targets, int64_t rows, int64_t classes, const int64_t* ignore_index) {
-  for (int64_t i = 0; i < rows * targets.k; ++i) {
-    const int64_t id = targets[i];
-    if (id >= 0 && id < classes) continue;
-    if (ignore_index && id == *ignore_index) continue;
-    throw std::out_of_range("target[" + std::to_string(i) + "] = " + std::to_string(id) + " is out of range for " +
-                            std::to_string(classes) + " classes");
-  }
 }
 
 }  // namespace fastloss

@@ -78,7 +78,9 @@ inline int64_t itemsize_of(Dtype dtype) { return dtype == kF64 ? 8 : dtype == kF
 void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& out,
                          const std::function<double(int64_t row, RowStats& stats)>& row);
 
-// Throws std::out_of_range for the first target outside [0, classes) that is not `ignore_index`.
-void check_targets(const Targets& targets, int64_t rows, int64_t classes, const int64_t* ignore_index);
+// Throws std::out_of_range for the first target outside [0, classes) that is not `ignore_index`. The rows have the shape of
+// these axes without `axis`, which is none for -1.
+void check_targets(const Targets& targets, const std::vector<int64_t>& axes, int axis, int64_t classes,
+                   const int64_t* ignore_index);
 
 }  // namespace fastloss

@@ -19,8 +19,6 @@
 namespace fastloss {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-
 std::atomic<int> requested_threads{0};
 std::atomic<TorchParallelFor> torch_parallel{nullptr};
 std::atomic<TorchGetNumThreads> torch_threads{nullptr};
@@ -116,15 +114,16 @@ int available_cpus() {
 
 // 0 where the variable is not set.
 int environment_threads() {
-  const char* text = getenv("FASTLOSS_NUM_THREADS");
-  if (text == nullptr || *text == 0) return 0;
-  char* end = nullptr;
-  const long threads = strtol(text, &end, 10);
-  if (*end != 0 || threads < 1) {
-    throw std::invalid_argument("FASTLOSS_NUM_THREADS = '" + std::string(text) +
-                                "' is not a number of threads: expected 1 or more");
+  const char* variable = getenv("FASTLOSS_NUM_THREADS");
+  const std::string text = variable ? variable : "";
+  if (text.empty()) return 0;
+  const bool digits = text.find_first_not_of("0123456789") == std::string::npos;  // strtol takes blanks and signs, too
+  const long threads = digits ? strtol(text.c_str(), nullptr, 10) : 0;
+  if (threads < 1 || threads > kMostThreads) {
+    throw std::invalid_argument("FASTLOSS_NUM_THREADS = '" + text + "' is not a number of threads: expected 1 to " +
+                                std::to_string(kMostThreads));
   }
-  return static_cast<int>(std::min<long>(threads, kMaxThreads));
+  return static_cast<int>(threads);
 }
 
 }  // namespace
@@ -140,7 +139,7 @@ int get_num_threads() {
   return cpus;
 }
 
-void set_num_threads(int threads) { requested_threads = std::min(threads, kMaxThreads); }
+void set_num_threads(int threads) { requested_threads = threads; }
 
 void use_torch_pool(TorchParallelFor parallel, TorchGetNumThreads count) {
   pool();  // registers the fork handler

@@ -17,7 +17,8 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
 // What set_num_threads asked for, else FASTLOSS_NUM_THREADS, else PyTorch's number once its pool is in use, else the CPUs that
 // this process may use.
 int get_num_threads();
-void set_num_threads(int threads);
+void set_num_threads(int threads);  // from 1 to kMostThreads
+constexpr int kMostThreads = 1024;
 
 // PyTorch's C entry points torch_parallel_for and torch_get_num_threads, by address. Both return 0 for success.
 using TorchParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),

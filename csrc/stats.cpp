@@ -7,7 +7,7 @@ namespace fastloss {
 
 void statistics(const Tensor& logits, const Targets& targets, const Transform& transform, const StatsOutputs& out) {
   const int64_t classes = logits.shape[logits.axis];
-  if (targets) check_targets(targets, row_count(logits), classes, nullptr);
+  if (targets) check_targets(targets, logits.shape, logits.axis, classes, nullptr);
   const bool wide = logits.dtype == kF64;
   const auto write = [wide](void* data, int64_t i, double value) {
     if (!data) return;

@@ -55,7 +55,7 @@ struct Outcome {
   std::vector<double> z, partials;
   std::vector<RowStats> stats;
   std::vector<int64_t> ranks;
-  std::vector<char> gradient, soft_gradient, combined;
+  std::vector<char> gradient, soft_gradient, combined, rounded;
   // The same, from logits, from the exponentials of a scan, and from those where they took the place of the logits.
   std::vector<char> plain_gradient, gradient_of_powers, gradient_in_place;
   std::vector<double> sampled;  // columns and values in turn
@@ -174,6 +174,9 @@ Outcome run(const Kernels& kernels, const Case& c) {
   out.combined.resize(logits.size() / c.rows);
   k.weighted_rows({logits.data(), c.dtype, c.classes, 1}, c.classes, combined_rows.data(), factors.data(), 3,
                   {out.combined.data(), c.dtype, 0, 1}, false);
+  const std::vector<char> numbers = stored(x, wide ? kF64 : kF32);
+  out.rounded.resize(logits.size());
+  k.round(numbers.data(), c.classes, c.rows, static_cast<int>(c.classes), {out.rounded.data(), c.dtype, c.classes, 1}, true);
   out.gradient = logits;  // in place
   k.gradient(pass, tile(out.gradient), c.kind == 0 ? Tile{} : tile(soft), c.rows, 0, blocks, coefficients.data(), ids, g.data(),
              corrected.data(), {}, tile(out.gradient), buffers.scratch);
@@ -218,6 +221,7 @@ const char* difference(const Outcome& a, const Outcome& b, Dtype dtype) {
   if (a.sampled.size() != b.sampled.size()) return "number of sampled entries";
   if (!same_doubles(a.sampled.data(), b.sampled.data(), a.sampled.size() * sizeof(double))) return "sampled entries";
   if (!same_numbers(a.combined, b.combined, dtype)) return "weighted rows";
+  if (!same_numbers(a.rounded, b.rounded, dtype)) return "rounded rows";
   return nullptr;
 }
 
@@ -248,7 +252,7 @@ int main() {
   int passed = 0, failed = 0;
   for (const Kernels* kernels : others) {
     for (const Dtype dtype : {kF32, kF64, kF16, kBF16}) {
-      for (const int64_t classes : {1, 2, 15, 16, 17, 63, 64, 65, 521, 4095, 4096, 4097, 9001}) {
+      for (const int64_t classes : {1, 2, 15, 16, 17, 63, 64, 65, 521, 4095, 4096, 4097, 4160, 9001}) {
         for (int kind = 0; kind < 5; ++kind) {
           for (const bool transformed : {false, true}) {
             for (const int rows : {1, 5, 37}) {

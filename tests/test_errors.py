@@ -38,6 +38,17 @@ LOSS = {
         ["target[1]", "-100", "out of range"],
     ),
     "huge id": ({"target": [0, 1, 2, 2**40]}, IndexError, ["target[3]", str(2**40), "out of range"]),
+    "unsigned id beyond int64": (
+        {"target": np.array([0, 1, 2**64 - 100, 3], np.uint64)},
+        IndexError,
+        ["target", str(2**64 - 100), "out of range"],
+    ),
+    "id at a place of two dimensions": (
+        {"logits": np.zeros((2, 10, 3), np.float32), "target": [[0, 1, 2], [0, 99, 1]]},
+        IndexError,
+        ["target[1, 1] = 99 is out of range for 10 classes"],
+    ),
+    "id of a single row": ({"logits": X[0], "target": 5}, IndexError, ["target = 5 is out of range for 5 classes"]),
     "too few ids": ({"target": [0, 1, 2]}, ValueError, ["target", "(3,)", "(4,)"]),
     "ids with an extra axis": ({"target": [[0], [1], [2], [3]]}, ValueError, ["target", "(4, 1)", "(4,)"]),
     "one id for a batch": ({"target": 1}, ValueError, ["target", "()", "(4,)"]),
@@ -45,6 +56,11 @@ LOSS = {
     "probabilities of the wrong shape": ({"target": Q[:, :4]}, ValueError, ["target", "(4, 4)", "(4, 5)"]),
     "floating-point ids": ({"target": Y.astype(np.float32)}, ValueError, ["target", "(4,)", "(4, 5)"]),
     "transposed probabilities": ({"target": Q.T}, ValueError, ["target", "(5, 4)", "(4, 5)"]),
+    "probabilities with an ignored id": (
+        {"target": Q, "ignore_index": 3},
+        ValueError,
+        ["ignore_index", "3", "probabilities"],
+    ),
     "boolean target": ({"target": Y > 1}, TypeError, ["target", "bool"]),
     "complex target": ({"target": Q.astype(np.complex64)}, TypeError, ["target", "complex64"]),
     # logits
@@ -65,6 +81,19 @@ LOSS = {
     "smoothing above 1": ({"label_smoothing": 1.5}, ValueError, ["label_smoothing", "1.5", "[0, 1]"]),
     "smoothing of NaN": ({"label_smoothing": float("nan")}, ValueError, ["label_smoothing", "nan"]),
     "smoothing of text": ({"label_smoothing": "0.1"}, TypeError, ["label_smoothing", "str"]),
+    "z_loss beyond all floats": ({"z_loss": 10**400}, ValueError, ["z_loss", "finite"]),
+    "temperature beyond all floats": ({"temperature": 10**400}, ValueError, ["temperature", "finite"]),
+    "temperature whose reciprocal float32 cannot hold": (
+        {"temperature": 1e-39},
+        ValueError,
+        ["temperature", "1e-39", "1.2e-38", "8.5e+37", "float32"],
+    ),
+    "softcap that float32 cannot hold": ({"softcap": 1e39}, ValueError, ["softcap", "1e+39", "8.5e+37", "float32"]),
+    "temperature and softcap too small together": (
+        {"temperature": 1e-30, "softcap": 1e-30},
+        ValueError,
+        ["temperature * softcap", "1e-60", "float32"],
+    ),
     "negative z_loss": ({"z_loss": -1e-4}, ValueError, ["z_loss", "-0.0001"]),
     "infinite z_loss": ({"z_loss": float("inf")}, ValueError, ["z_loss", "inf"]),
     "temperature of zero": ({"temperature": 0.0}, ValueError, ["temperature", "0.0", "positive"]),
@@ -72,6 +101,8 @@ LOSS = {
     "temperature of NaN": ({"temperature": float("nan")}, ValueError, ["temperature", "nan"]),
     "softcap of zero": ({"softcap": 0.0}, ValueError, ["softcap", "0.0", "positive"]),
     "negative softcap": ({"softcap": -30.0}, ValueError, ["softcap", "-30.0", "positive"]),
+    "ignore_index of bool": ({"ignore_index": True}, TypeError, ["ignore_index", "bool"]),
+    "class axis of bool": ({"axis": True}, TypeError, ["integer", "bool"]),
     "ignore_index of float": ({"ignore_index": 1.5}, TypeError, ["ignore_index", "float"]),
     "denominator with sum": ({"denominator": 3.0, "reduction": "sum"}, ValueError, ["denominator", "mean", "sum"]),
     "denominator with none": ({"denominator": 3.0, "reduction": "none"}, ValueError, ["denominator", "mean", "none"]),
@@ -85,7 +116,9 @@ STATS = {
     "rank without a target": ({"want": ("rank",), "target": None}, ValueError, ["rank", "target"]),
     "id beyond the classes": ({"target": [0, 1, 5, 3]}, IndexError, ["target[2]", "5", "out of range", "5 classes"]),
     "ignored id": ({"target": [0, -100, 2, 3]}, IndexError, ["target[1]", "-100", "out of range"]),
-    "one id of several": ({"target": [[0, 1], [1, 9], [0, 0], [0, 0]]}, IndexError, ["target[3]", "9", "out of range"]),
+    "one id of several": ({"target": [[0, 1], [1, 9], [0, 0], [0, 0]]}, IndexError, ["target[1, 1] = 9", "out of range"]),
+    "unsigned id beyond int64": ({"target": np.array([0, 1, 2, 2**63], np.uint64)}, IndexError, ["target", str(2**63)]),
+    "softcap that float32 cannot hold": ({"softcap": 1e39}, ValueError, ["softcap", "1e+39", "8.5e+37", "float32"]),
     "too few ids": ({"target": [0, 1, 2]}, ValueError, ["target", "(3,)", "(4,)"]),
     "floating-point target": ({"target": Q}, TypeError, ["target", "float32"]),
     "integer logits": ({"logits": X.astype(np.int32)}, TypeError, ["int32", "float32"]),
@@ -102,7 +135,9 @@ NUMPY = {
     "dates as logits": ({"logits": X.astype("datetime64[s]")}, TypeError, ["logits", "datetime64", "float32"]),
     "long double logits": ({"logits": X.astype(np.longdouble)}, TypeError, ["logits", "float32"]),
     "object target": ({"target": Y.astype(object)}, TypeError, ["target", "object"]),
-    "unsigned id beyond int64": ({"target": np.array([0, 1, 2, 2**63], np.uint64)}, IndexError, [str(2**63), "range"]),
+    "masked logits": ({"logits": np.ma.ones((4, 5))}, TypeError, ["logits", "mask"]),
+    "masked target": ({"target": np.ma.array([0, 1, 2, 3], mask=[1, 0, 0, 0])}, TypeError, ["target", "mask"]),
+    "masked weight": ({"weight": np.ma.ones(5)}, TypeError, ["weight", "mask"]),
     "axis beyond the last": ({"axis": 2}, IndexError, ["axis", "2"]),
     "axis before the first": ({"axis": -3}, IndexError, ["axis", "-3"]),
     "axis of float": ({"axis": 1.0}, TypeError, ["axis", "float"]),
@@ -223,7 +258,25 @@ def torch_only():
         "index out of range": (
             lambda: fastloss.torch.selective_log_softmax(x, torch.full((4,), 7)),
             IndexError,
-            ["7", "out of range", "5 classes"],
+            ["index[0] = 7 is out of range for 5 classes"],
+        ),
+        "index of bool": (lambda: fastloss.torch.selective_log_softmax(x, y > 1), TypeError, ["index", "bool", "integer"]),
+        "index of logits without classes": (
+            lambda: fastloss.torch.selective_log_softmax(x[0, 0], y[0]),
+            ValueError,
+            ["logits", "class axis", "0-dimensional"],
+        ),
+        "sparse weight": (lambda: cross_entropy(x, y, torch.ones(5).to_sparse()), TypeError, ["weight", "dense", "sparse"]),
+        "module with a dim of text": (lambda: fastloss.torch.CrossEntropyLoss(dim="x"), TypeError, ["dim", "str"]),
+        "smoothing that needs a gradient": (
+            lambda: cross_entropy(x, y, label_smoothing=torch.tensor(0.1, requires_grad=True)),
+            TypeError,
+            ["label_smoothing", "Tensor"],
+        ),
+        "smoothing of one dimension": (
+            lambda: cross_entropy(x, y, label_smoothing=torch.tensor([0.1])),
+            TypeError,
+            ["label_smoothing", "Tensor"],
         ),
         "quantised logits": (lambda: cross_entropy(quantised(), y), TypeError, ["qint8", "float32"]),
     }
@@ -237,6 +290,35 @@ def test_torch_raises(case):
         call()
     for word in words:
         assert word in str(raised.value)
+
+
+DENOMINATORS = {
+    "zero": (0, ValueError, ["denominator", "positive", "0"]),
+    "negative": (-3.0, ValueError, ["denominator", "positive", "-3.0"]),
+    "NaN": (float("nan"), ValueError, ["denominator", "finite", "nan"]),
+    "infinite": (float("inf"), ValueError, ["denominator", "finite", "inf"]),
+    "complex": (1 + 1j, TypeError, ["denominator", "complex64"]),
+    "bool": (True, TypeError, ["denominator", "bool"]),
+}
+
+
+@needs_torch
+@pytest.mark.parametrize("case", DENOMINATORS)
+def test_denominator_of_a_tensor_raises_as_that_of_a_number(case):
+    value, error, words = DENOMINATORS[case]
+    x, y = torch.zeros(4, 5), torch.arange(4)
+    for denominator in (torch.tensor(value), value):
+        if isinstance(denominator, complex):
+            words = ["denominator", "complex"]
+        check(lambda d=denominator: fastloss.torch.cross_entropy(x, y, denominator=d), error, words)
+        check(lambda d=denominator: fastloss.torch.linear_cross_entropy(x, x, y % 4, denominator=d), error, words)
+
+
+@needs_torch
+def test_denominator_on_another_device_raises():
+    x, y, denominator = torch.zeros(4, 5), torch.arange(4), torch.ones((), device="meta")
+    for call in (fastloss.torch.cross_entropy, lambda *a, **k: fastloss.torch.linear_cross_entropy(x, *a, **k)):
+        check(lambda call=call: call(x, y, denominator=denominator), ValueError, ["denominator", "meta", "cpu"])
 
 
 # ---- nothing is written when a call raises ----
@@ -294,7 +376,7 @@ def test_out_of_range_target_of_statistics_writes_nothing(rng):
     ids[7, 1] = 40
     out = np.full((10, 2), 123, np.float32)
     pointers = (out.ctypes.data, *(0,) * 7)
-    with pytest.raises(IndexError, match=r"target\[15\] = 40 is out of range for 40 classes"):
+    with pytest.raises(IndexError, match=r"target\[7, 1\] = 40 is out of range for 40 classes"):
         _cpu.statistics(binding.tensor(logits, 1), (ids.ctypes.data, 8), 2, (1.0, 0.0, 0), pointers, 0)
     assert np.all(out == 123)
 

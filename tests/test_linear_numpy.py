@@ -124,6 +124,19 @@ def test_statistics_are_those_of_the_logits(many, chunk_tokens, rng):
     assert fastloss.linear_logit_stats(hidden, weight, want="entropy").logprob is None
 
 
+@pytest.mark.parametrize("seed", [-(2**63), 0, 2**63, 2**64 - 1])
+def test_seeds_are_those_of_pytorch(seed, rng):
+    hidden, weight, _ = factors(rng)
+    target = rng.integers(CLASSES, size=TOKENS)
+    options = {"backward": "sampled", "threshold": 0.1, "seed": seed}
+    _, (_, got, _) = fastloss.linear_cross_entropy(hidden, weight, target, return_grad=True, **options)
+    if torch is not None:
+        torch.manual_seed(seed)
+        matrix = torch.from_numpy(weight).requires_grad_()
+        fastloss.torch.linear_cross_entropy(torch.from_numpy(hidden), matrix, torch.from_numpy(target), **options).backward()
+        np.testing.assert_allclose(got, matrix.grad.numpy(), rtol=1e-12)
+
+
 def test_seeds_reproduce(rng):
     hidden, weight, _ = factors(rng)
     target = rng.integers(CLASSES, size=TOKENS)
@@ -161,6 +174,26 @@ BOTH = {
     "threshold above one": ({"threshold": 1.5}, ValueError, ["threshold", "1.5", "(0, 1]"]),
     "threshold of text": ({"threshold": "1"}, TypeError, ["threshold", "str"]),
     "seed of float": ({"seed": 0.5, "backward": "sampled"}, TypeError, ["seed", "float"]),
+    "seed of text with the exact backward": ({"seed": "a"}, TypeError, ["seed", "str"]),
+    "seed beyond 64 bits": ({"seed": 2**64}, ValueError, ["seed", str(2**64), "2**64"]),
+    "no features": ({"hidden": H[:, :0], "weight": W[:, :0]}, ValueError, ["at least one feature", "(4, 0)"]),
+    "unsigned id beyond int64": (
+        {"target": np.array([0, 1, 2**64 - 100, 3], np.uint64)},
+        IndexError,
+        ["target", str(2**64 - 100), "out of range"],
+    ),
+    "id at a place of two dimensions": (
+        {"hidden": np.zeros((2, 3, 3), np.float32), "target": [[0, 1, 2], [0, 99, 1]]},
+        IndexError,
+        ["target[1, 1] = 99 is out of range for 5 classes"],
+    ),
+    "probabilities with an ignored id": (
+        {"target": np.full((4, 5), 0.2, np.float32), "ignore_index": 3},
+        ValueError,
+        ["ignore_index", "3", "probabilities"],
+    ),
+    "softcap that float32 cannot hold": ({"softcap": 1e39}, ValueError, ["softcap", "1e+39", "8.5e+37", "float32"]),
+    "chunk of bool": ({"chunk_tokens": True}, TypeError, ["chunk_tokens", "bool"]),
     "no tokens in a chunk": ({"chunk_tokens": 0}, ValueError, ["chunk_tokens", "0", "1"]),
     "chunk of float": ({"chunk_tokens": 1.5}, TypeError, ["chunk_tokens", "float"]),
     "smoothing above one": ({"label_smoothing": 2.0}, ValueError, ["label_smoothing", "2.0"]),
@@ -209,6 +242,8 @@ def test_bad_input_that_only_pytorch_can_be_given():
     raises(lambda: linear(h, w, torch.zeros(4, 5), ignore_index=2), ValueError, ["ignore_index", "probabilities"])
     raises(lambda: linear(h, w, y.to("meta")), ValueError, ["target", "meta", "cpu"])
     raises(lambda: linear(h.numpy(), w, y), TypeError, ["input", "ndarray"])
+    raises(lambda: linear(h, w, y, options="fast"), TypeError, ["options", "str", "LinearCrossEntropyOptions"])
+    raises(lambda: linear(h, w, y, options={"batch_chunk_size": 0}), TypeError, ["options", "dict"])
     raises(lambda: linear(h[None], torch.zeros(5, 2, 3), y), ValueError, ["input", "(N, H)"])
     raises(lambda: linear(h, torch.zeros(5, 2, 3), y), ValueError, ["target", "(4, 2)", "(4,)"])
     soft = torch.full((4, 5), 0.2, requires_grad=True)
@@ -220,5 +255,9 @@ def test_bad_input_that_only_pytorch_can_be_given():
 def test_bad_statistics_raise():
     raises(lambda: fastloss.linear_logit_stats(H, W, Y, want="loss"), ValueError, ["want", "loss"])
     raises(lambda: fastloss.linear_logit_stats(H, W, [0, 1, 2, 5]), IndexError, ["target[3]", "5 classes"])
+    several = np.zeros((4, 2), np.int64)
+    several[2, 1] = 5
+    raises(lambda: fastloss.linear_logit_stats(H, W, several), IndexError, ["target[2, 1] = 5", "5 classes"])
+    raises(lambda: fastloss.linear_logit_stats(H, W, np.ma.array(Y)), TypeError, ["target", "mask"])
     raises(lambda: fastloss.linear_logit_stats(H, W, np.zeros(4)), TypeError, ["target", "float64"])
     raises(lambda: fastloss.linear_logit_stats(H, W, want="rank"), ValueError, ["rank", "target"])

@@ -191,6 +191,77 @@ def test_sixteen_bit_gradients_are_as_good_as_those_of_pytorch(dtype, chunk_toke
         assert error <= 1.1 * their_error + 2.0**-12
 
 
+# ---- a head for each of several places ----
+
+PLACES = (3, 2)
+HEADS = (CLASSES, *PLACES, FEATURES)
+
+
+def heads():
+    return seeded(TOKENS, FEATURES).requires_grad_(), seeded(*HEADS, seed=1, scale=1.0).requires_grad_()
+
+
+@on_each_device
+@pytest.mark.parametrize("options", [{}, {"weight": CLASS_WEIGHT}], ids=["", "weighted"])
+def test_every_target_of_all_places_ignored(options):
+    hidden, weight = heads()
+    loss = ours(hidden, weight, torch.full((TOKENS, *PLACES), -100), **here(options))
+    assert loss.isnan()
+    for grad in torch.autograd.grad(loss, (hidden, weight)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@on_each_device
+def test_a_seed_gives_each_place_random_numbers_of_its_own_and_always_the_same():
+    hidden = seeded(TOKENS, FEATURES, scale=0.1)
+    weight = seeded(CLASSES, FEATURES, seed=1)[:, None].repeat(1, 3, 1).requires_grad_()
+    target = seeded_ids(CLASSES, TOKENS)[:, None].expand(-1, 3)
+
+    def gradient(seed):
+        loss = ours(hidden, weight, target, reduction="sum", backward="sampled", threshold=0.1, seed=seed)
+        return torch.autograd.grad(loss, weight)[0].unbind(1)
+
+    first = gradient(7)
+    assert all(same_bits(one, other) for one, other in zip(first, gradient(7), strict=True))
+    every = [*first, *gradient(8)]
+    assert not any(torch.equal(one, other) for i, one in enumerate(every) for other in every[:i])
+    single = ours(hidden, weight[:, 0], target[:, 0], reduction="sum", backward="sampled", threshold=0.1, seed=7)
+    assert torch.equal(torch.autograd.grad(single, weight)[0][:, 0], first[0])
+
+
+BAD_PLACES = {
+    "id at a place": ({"target": (2, 2, 1, 99)}, IndexError, ["target[2, 2, 1] = 99", "37 classes"]),
+    "id of the first class behind, weighted": (
+        {"target": (0, 1, 0, CLASSES), "weight": CLASS_WEIGHT},
+        IndexError,
+        ["target[0, 1, 0] = 37", "37 classes"],
+    ),
+    "short weight": ({"weight": CLASS_WEIGHT[:2]}, ValueError, ["weight", "(2,)", "(37,)"]),
+    "weight of a list": ({"weight": [1.0] * CLASSES}, TypeError, ["weight", "list"]),
+    "ignore_index of text": ({"ignore_index": "x"}, TypeError, ["ignore_index", "str"]),
+    "no place": ({"linear_weight": torch.zeros(CLASSES, 0, FEATURES)}, ValueError, ["linear_weight", "place", "(37, 0, 5)"]),
+    "seed of text": ({"seed": "x"}, TypeError, ["seed", "str"]),
+    "threshold of 0": ({"threshold": 0.0}, ValueError, ["threshold", "0.0"]),
+    "negative denominator": ({"denominator": torch.tensor(-1.0)}, ValueError, ["denominator", "-1.0"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PLACES)
+def test_bad_input_of_places_raises_before_any_product_is_made(case, monkeypatch):
+    changed, error, words = BAD_PLACES[case]
+    monkeypatch.setattr(matmul, "logits_product", lambda *_: pytest.fail("a product was made"))
+    hidden, weight = heads()
+    target = seeded_ids(CLASSES, TOKENS, *PLACES)
+    if "target" in changed:
+        *place, wrong = changed["target"]
+        target[tuple(place)] = wrong
+    arguments = {"input": hidden, "linear_weight": weight} | changed | {"target": target}
+    with pytest.raises(error) as raised:
+        ours(**arguments)
+    for word in words:
+        assert word in str(raised.value)
+
+
 # ---- work and memory ----
 
 
@@ -253,6 +324,32 @@ def test_each_library_gives_the_product(library, monkeypatch):
     loss = ours(hidden, weight, target, linear_bias=bias, chunk_tokens=4)
     expected = reference(hidden, weight, bias, target)
     assert_same_gradients(loss, expected, (hidden, weight, bias), tolerance={"rtol": 1e-5, "atol": 1e-6})
+
+
+# oneDNN's operator takes a bias by its pointer, whatever its strides.
+@pytest.mark.parametrize("library", ["blas", "onednn", "the faster one"])
+@pytest.mark.parametrize("strides", ["every third", "expanded", "of a place"])
+def test_each_library_takes_a_bias_of_any_strides(strides, library, monkeypatch):
+    monkeypatch.setattr(matmul, "_PINNED", None if library == "the faster one" else library)
+    monkeypatch.setattr(matmul, "_MEASURED_FROM", 1)
+    monkeypatch.setattr(matmul, "_choices", {})
+    hidden, weight, bias = factors(torch.float32)
+    bias = {
+        "every third": seeded(3 * CLASSES, scale=1.0, dtype=torch.float32)[::3],
+        "expanded": bias[:1].detach().expand(CLASSES),
+        "of a place": seeded(CLASSES, 4, scale=1.0, dtype=torch.float32)[:, 1],
+    }[strides].requires_grad_()
+    target = targets("ids")
+    tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    for options in ({}, {"chunk_tokens": 4}, {"reduction": "none"}):
+        loss = ours(hidden, weight, target, linear_bias=bias, **options)
+        options.pop("chunk_tokens", None)
+        expected = reference(hidden, weight, bias, target, **options)
+        assert_same_gradients(loss, expected, (hidden, weight, bias), tolerance=tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(hidden, weight, target, linear_bias=bias, backward="sampled"), expected.mean())
+    stats = fastloss.torch.linear_logit_stats(hidden, weight, target, bias=bias, want="logprob")
+    torch.testing.assert_close(-stats.logprob, expected, **tolerance)
 
 
 @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "no blocks"])
@@ -476,6 +573,38 @@ def test_module_has_the_state_of_that_of_pytorch():
 
 
 @on_each_device
+def test_module_has_the_attributes_of_that_of_pytorch_and_shows_its_sizes():
+    options = {"label_smoothing": 0.1, "ignore_index": 3, "reduction": "sum", "out_features": (2,)}
+    mine, theirs = (
+        module(FEATURES, CLASSES, weight=CLASS_WEIGHT, **options)
+        for module in (fastloss.torch.LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss)
+    )
+    for name in ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "options"):
+        assert getattr(mine, name) == getattr(theirs, name)
+    for word in ("in_features=5", "num_classes=37", "out_features=(2,)", "label_smoothing=0.1", "ignore_index=3"):
+        assert word in repr(mine)
+    mine.reduction = "none"
+    assert mine(seeded(4, FEATURES, dtype=torch.float32), seeded_ids(CLASSES, 4, 2)).shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"chunk_tokens": 0}, ValueError, ["chunk_tokens", "0"]),
+        ({"weight": torch.rand(CLASSES + 1)}, ValueError, ["weight", "(38,)", "(37,)"]),
+        ({"logit_bias": torch.rand(1)}, ValueError, ["logit_bias", "(1,)", "(37,)"]),
+        ({"options": "fast"}, TypeError, ["options", "str", "LinearCrossEntropyOptions"]),
+        ({"ignore_index": "x"}, TypeError, ["ignore_index", "str"]),
+        ({"backward": "fast"}, ValueError, ["backward", "fast"]),
+    ],
+)
+def test_bad_options_of_the_module_raise_when_it_is_made(options, error, words):
+    with pytest.raises(error) as raised:
+        fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, **options)
+    for word in words:
+        assert word in str(raised.value)
+
+
 def test_module_with_places():
     theirs = torch.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, out_features=(2, 3), bias=True, dtype=torch.float64)
     mine = fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, out_features=(2, 3), bias=True, dtype=torch.float64)

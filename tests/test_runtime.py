@@ -70,7 +70,10 @@ def test_number_of_threads_is_the_one_that_was_set(set_threads):
         assert fastloss.get_num_threads() == number
 
 
-@pytest.mark.parametrize(("number", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError)])
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(0, ValueError), (-1, ValueError), (1025, ValueError), (1.5, TypeError), ("2", TypeError), (True, TypeError)],
+)
 def test_bad_number_of_threads_raises_and_changes_nothing(number, error):
     before = fastloss.get_num_threads()
     with pytest.raises(error, match="n must"):
@@ -81,6 +84,20 @@ def test_bad_number_of_threads_raises_and_changes_nothing(number, error):
 def test_environment_sets_the_number_of_threads():
     done = run_python("import fastloss; print(fastloss.get_num_threads())", FASTLOSS_NUM_THREADS="5")
     assert done.stdout.strip() == "5", done.stderr
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "+3", " 3", "3 ", "2.0", "two", "0x4", "1025", "99999999999999999999"])
+def test_bad_number_of_threads_in_the_environment_fails_the_import(text):
+    done = run_python("import fastloss", FASTLOSS_NUM_THREADS=text)
+    assert done.returncode == 1
+    assert f"FASTLOSS_NUM_THREADS = '{text}' is not a number of threads: expected 1 to 1024" in done.stderr
+
+
+def test_number_of_threads_goes_up_to_1024(set_threads):
+    set_threads(1024)
+    assert fastloss.get_num_threads() == 1024
+    done = run_python("import fastloss; print(fastloss.get_num_threads())", FASTLOSS_NUM_THREADS="1024")
+    assert done.stdout.strip() == "1024", done.stderr
 
 
 def test_number_of_threads_is_that_of_the_cpus_by_default():

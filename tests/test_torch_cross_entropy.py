@@ -112,6 +112,29 @@ def test_ignore_index_is_that_of_pytorch(weighted, smoothing, reduction, ignore_
     )
 
 
+def test_a_number_may_be_a_tensor_whose_value_is_read_at_each_call():
+    logits, target = seeded(4, 5), ids_of((4, 5), ignored=False)
+    for name, values in {"label_smoothing": (0.125, 0.5), "ignore_index": (int(target[0]), int(target[1]))}.items():
+        number = torch.tensor(values[0])
+        for value in values:
+            number.fill_(value)
+            expected = F.cross_entropy(logits, target, **{name: number})
+            torch.testing.assert_close(fastloss.torch.cross_entropy(logits, target, **{name: number}), expected, **FLOAT64)
+        module = fastloss.torch.CrossEntropyLoss(**{name: number})
+        torch.testing.assert_close(module(logits, target), expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3])
+def test_probabilities_with_an_ignored_id_are_refused_where_pytorch_refuses_them(ignore_index):
+    logits, target = seeded(4, 5), seeded_probabilities(4, 5)
+    if ignore_index < 0:
+        assert_like_pytorch(logits, target, ignore_index=ignore_index)
+        return
+    for function, error in ((F.cross_entropy, RuntimeError), (fastloss.torch.cross_entropy, ValueError)):
+        with pytest.raises(error, match="ignore_index"):
+            function(logits, target, ignore_index=ignore_index)
+
+
 @pytest.mark.parametrize("size_average", [None, True, False])
 @pytest.mark.parametrize("reduce", [None, True, False])
 def test_legacy_arguments_are_those_of_pytorch(reduce, size_average):
@@ -386,7 +409,7 @@ def test_gradient_of_channels_last_logits_is_channels_last():
     assert logits.grad.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint64])
 def test_targets_of_any_integer_type_are_the_same(dtype):
     logits, target = seeded(6, 50), seeded_ids(50, 6)
     expected = fastloss.torch.cross_entropy(logits, target)

@@ -13,6 +13,7 @@ from fastloss._chunks import chunk_size
 
 from ..cases import DTYPES
 
+IGNORED = -100
 TOKENS, CLASSES = 256, 8192  # rows of the two gradients that the reference has, at most
 
 
@@ -46,6 +47,7 @@ class LinearCase:
     features: int
     dtype: str
     seed: int = 0
+    ignored: float = 0.0  # of the tokens, such a share
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -67,8 +69,13 @@ class LinearCase:
         return chunk_size(None, self.tokens, self.classes, one)
 
     @cached_property
-    def target(self) -> torch.Tensor:
+    def labels(self) -> torch.Tensor:
         return torch.randint(self.classes, (self.tokens,), generator=torch.Generator().manual_seed(self.seed + 1))
+
+    @cached_property
+    def target(self) -> torch.Tensor:
+        ignored = torch.rand(self.tokens, generator=torch.Generator().manual_seed(self.seed + 3)) < self.ignored
+        return self.labels.masked_fill(ignored, IGNORED)
 
     @cached_property
     def weight(self) -> torch.Tensor:
@@ -81,7 +88,7 @@ class LinearCase:
         generator = torch.Generator().manual_seed(self.seed + 2)
         hidden = torch.empty(self.tokens, self.features).normal_(generator=generator)
         if self.odds:
-            chosen, towards = hidden[:: self.every], self.weight[self.target[:: self.every]].float()
+            chosen, towards = hidden[:: self.every], self.weight[self.labels[:: self.every]].float()
             # The log sum exp of normal logits, and the odds.
             likely = math.log(self.classes) + self.scale**2 / 2 + math.log(self.odds)
             chosen += towards * ((likely - (chosen * towards).sum(1)) / towards.square().sum(1)).unsqueeze(1)
@@ -89,21 +96,22 @@ class LinearCase:
 
     @cached_property
     def reference(self) -> Reference:
-        """The float64 answer, with rows spread evenly over the tokens and over the classes."""
-        hidden, weight = self.hidden.double(), self.weight.double()
-        tokens, classes = _spread(self.tokens, TOKENS), _spread(self.classes, CLASSES)
+        """The float64 answer, with rows spread evenly over the tokens that count and over the classes."""
+        counted = (self.target != IGNORED).nonzero().squeeze(1)
+        hidden, weight, target = self.hidden[counted].double(), self.weight.double(), self.target[counted]
+        tokens, classes = _spread(len(counted), TOKENS), _spread(self.classes, CLASSES)
         losses, of_classes = [], []
-        for h, y in zip(hidden.split(64), self.target.unsqueeze(1).split(64), strict=True):
+        for h, y in zip(hidden.split(64), target.unsqueeze(1).split(64), strict=True):
             z = h @ weight.T
             lse = z.logsumexp(1, keepdim=True)
             losses.append(lse - z.gather(1, y))
             of_classes.append((z[:, classes] - lse).exp())
-        by_weight = torch.cat(of_classes).T @ hidden / self.tokens
-        by_hidden = torch.cat([(h @ weight.T).softmax(1) @ weight for h in hidden[tokens].split(64)]) / self.tokens
-        labels = torch.zeros_like(weight).index_add_(0, self.target, hidden)[classes] / self.tokens
+        by_weight = torch.cat(of_classes).T @ hidden / len(counted)
+        by_hidden = torch.cat([(h @ weight.T).softmax(1) @ weight for h in hidden[tokens].split(64)]) / len(counted)
+        labels = torch.zeros_like(weight).index_add_(0, target, hidden)[classes] / len(counted)
         return Reference(
             float(torch.cat(losses).mean()),
-            Part(tokens, by_hidden - weight[self.target[tokens]] / self.tokens, by_hidden),
+            Part(counted[tokens], by_hidden - weight[target[tokens]] / len(counted), by_hidden),
             Part(classes, by_weight - labels, by_weight),
         )
 

@@ -18,8 +18,7 @@ void bind_cross_entropy(const Tensor& logits, const Targets& target, const Tenso
                         std::optional<double> denominator, uintptr_t loss, uintptr_t saved, uintptr_t scale, const Tensor& grad,
                         const Upstream& upstream, bool as_with_gradient, uintptr_t workspace, int device, uintptr_t stream) {
   const py::gil_scoped_release release;  // a launch may wait for room in the queue
-  const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
-                              z,      ignore_index, label_smoothing, z_loss};
+  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
   cuda::cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
                       pointer<double>(saved), pointer<double>(scale), grad, upstream, as_with_gradient,
                       pointer<char>(workspace), Device(device, stream));
@@ -31,8 +30,7 @@ void bind_cross_entropy_backward(const Tensor& logits, const Targets& target, co
                                  const std::tuple<uintptr_t, uintptr_t, uintptr_t>& expected, const Tensor& grad, int device,
                                  uintptr_t stream) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
-                              z,      ignore_index, label_smoothing, z_loss};
+  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
   const auto [made_for, next, surprised] = expected;
   cuda::cross_entropy_backward(call, pointer<const double>(scale), pointer<const double>(saved), upstream,
                                {pointer<const double>(made_for), pointer<double>(next), pointer<int32_t>(surprised)}, grad,
@@ -43,11 +41,7 @@ void bind_soft_target_gradient(const Tensor& logits, uintptr_t weight, const Tra
                                uintptr_t scale, uintptr_t saved, const Upstream& upstream, const Tensor& out, int device,
                                uintptr_t stream) {
   const py::gil_scoped_release release;
-  CrossEntropyCall call;
-  call.logits = logits;
-  call.weight = pointer<const void>(weight);
-  call.transform = z;
-  call.label_smoothing = label_smoothing;
+  const CrossEntropyCall call = call_of(logits, {}, {}, weight, z, 0, label_smoothing, 0.0);
   cuda::soft_target_gradient(call, pointer<const double>(scale), pointer<const double>(saved), upstream, out,
                              Device(device, stream));
 }
@@ -59,6 +53,7 @@ void bind_statistics(const Tensor& logits, Targets target, int k, const Transfor
                              pointer(out[3]),          pointer(out[4]),          pointer(out[5]),
                              pointer<int64_t>(out[6]), pointer<int64_t>(out[7]), pointer<double>(saved)};
   target.k = k;
+  check_call("logits", logits, target, z);
   cuda::statistics(logits, target, z, outputs, pointer<char>(workspace), Device(device, stream));
 }
 
@@ -66,6 +61,7 @@ void bind_gradient(const Tensor& logits, uintptr_t saved, uintptr_t coefficients
                    const Transform& z, const Tensor& grad, int device, uintptr_t stream) {
   const py::gil_scoped_release release;
   target.k = k;
+  check_call("logits", logits, target, z);
   cuda::stats_gradient(logits, pointer<const double>(saved), pointer<const double>(coefficients), target,
                        pointer<const double>(g), z, grad, Device(device, stream));
 }
@@ -85,8 +81,7 @@ void bind_cross_entropy_chunk(const Tensor& logits, const Targets& target, const
                               uintptr_t losses, bool wide, uintptr_t saved, const Tensor& grad, uintptr_t workspace, int device,
                               uintptr_t stream) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
-                              z,      ignore_index, label_smoothing, z_loss};
+  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
   cuda::cross_entropy_chunk(call, pointer<const double>(scale), pointer(losses), wide, pointer<double>(saved), grad,
                             pointer<char>(workspace), Device(device, stream));
 }
@@ -96,8 +91,7 @@ void bind_sample_chunk(const Tensor& logits, const Targets& target, const Tensor
                        const std::tuple<uintptr_t, double, uintptr_t>& random, const Places& places, int device,
                        uintptr_t stream) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call{logits, target,       soft_target,     pointer<const void>(weight),
-                              z,      ignore_index, label_smoothing, z_loss};
+  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
   const auto [seed, threshold, token] = random;
   const auto [slots, count, columns, values] = places;
   cuda::sample_chunk(call, pointer<double>(saved),

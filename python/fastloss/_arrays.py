@@ -30,9 +30,16 @@ def tensor(array: Array, axis: int) -> _cpu.Tensor:
     return address(array), DTYPE_CODES[array.dtype.name], array.shape, strides, axis
 
 
+def plain(value: ArrayLike, name: str) -> Array:
+    """Returns value as an array; the mask of a masked one would be lost without a word."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask, got {type(value).__name__}")
+    return np.asarray(value)
+
+
 def floating(value: ArrayLike, name: str) -> Array:
     """Returns value as a native array of one of the four dtypes, itself where it is one already, with any strides."""
-    array = np.asarray(value)
+    array = plain(value, name)
     if array.dtype.name not in DTYPE_CODES:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {array.dtype}")
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -50,7 +57,7 @@ def per_class(value: ArrayLike | None, name: str, logits: Array, axis: int) -> A
     """Returns one number for each class, as the kernels take weights and biases."""
     if value is None:
         return None
-    array = np.asarray(value)
+    array = plain(value, name)
     if array.dtype.kind not in "iuf" and array.dtype.name not in DTYPE_CODES:
         raise TypeError(f"{name} must hold real numbers, got {array.dtype}")
     _options.check_per_class(array.shape, logits.shape[axis], name)

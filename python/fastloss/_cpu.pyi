@@ -14,6 +14,7 @@ F64: int
 F16: int
 BF16: int
 BLOCK: int  # classes of a block
+MOST_THREADS: int
 
 def cross_entropy(
     logits: Tensor,
@@ -48,7 +49,7 @@ def cross_entropy_backward(
     grad: Tensor,
     /,
 ) -> None: ...
-def check_targets(target: Targets, rows: int, classes: int, ignore_index: int | None, /) -> None: ...
+def check_targets(target: Targets, shape: tuple[int, ...], classes: int, ignore_index: int | None, /) -> None: ...
 def soft_target_gradient(
     logits: Tensor,
     weight: int,

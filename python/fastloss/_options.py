@@ -30,7 +30,7 @@ class LogitStats(NamedTuple):
         max_prob: max_j p_j.
         argmax: the first class that has the largest logit, int64; -1 in a row whose normaliser is NaN.
         rank: number of classes that a stable descending sort puts before the target, int64, in the shape of `target`;
-            0 exactly where the target is the argmax.
+            0 exactly where the target is the argmax; -1 in a row whose normaliser is NaN.
     """
 
     logprob: Any = None
@@ -80,11 +80,9 @@ def loss_options(
     if z_factor < 0.0:
         raise ValueError(f"z_loss must be at least 0, got {z_factor}")
     heat, cap = transform_options(temperature, softcap)
-    divisor = None if denominator is None else number("denominator", denominator)
+    divisor = None if denominator is None else check_denominator(denominator)
     if divisor is not None:
         check_denominator_use(reduction)
-        if divisor <= 0.0:
-            raise ValueError(f"denominator must be positive, got {divisor}")
     return LossOptions(index("ignore_index", ignore_index), reduction_code(reduction), smoothing, z_factor, cap, heat, divisor)
 
 
@@ -117,8 +115,14 @@ def threshold(value: object) -> float:
 
 
 def seed(value: object) -> int:
-    """Returns a seed as a number of 64 bits."""
-    return index("seed", value)
+    """Returns a seed as a signed number of 64 bits; takes what torch.manual_seed takes."""
+    checked = index("seed", value, 2**64)
+    return checked - 2**64 if checked >= 2**63 else checked
+
+
+def seed_of_place(seed: int, place: int) -> int:
+    """Returns the seed of one of several heads: consecutive seeds share none of them."""
+    return (seed + place * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
 
 
 def reduction_code(reduction: object) -> int:
@@ -128,6 +132,14 @@ def reduction_code(reduction: object) -> int:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     return REDUCTIONS[reduction]
+
+
+def check_denominator(value: object) -> float:
+    """Returns the denominator of a mean."""
+    divisor = number("denominator", value)
+    if divisor <= 0.0:
+        raise ValueError(f"denominator must be positive, got {divisor}")
+    return divisor
 
 
 def check_denominator_use(reduction: object) -> None:
@@ -140,20 +152,25 @@ def number(name: str, value: object) -> float:
     """Returns a finite real number as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    converted = float(value)
+    try:
+        converted = float(value)
+    except OverflowError:  # an int beyond all floats
+        converted = math.inf
     if not -math.inf < converted < math.inf:
         raise ValueError(f"{name} must be finite, got {converted}")
     return converted
 
 
-def index(name: str, value: object) -> int:
-    """Returns an integer that fits in 64 bits."""
+def index(name: str, value: object, end: int = 2**63) -> int:
+    """Returns an integer that fits in 64 bits, with a sign unless `end` is 2**64."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         converted = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-    if not -(2**63) <= converted < 2**63:
-        raise ValueError(f"{name} must fit in 64 bits, got {converted}")
+    if not -(2**63) <= converted < end:
+        raise ValueError(f"{name} must lie in [-2**63, 2**{end.bit_length() - 1}), got {converted}")
     return converted
 
 
@@ -187,6 +204,12 @@ def check_ids_shape(target: Shape, logits: Shape, axis: int, logits_name: str) -
             f"target of class ids must have shape {row_shape(logits, axis)} for {logits_name} of shape {tuple(logits)} "
             f"with classes along axis {axis}, got {tuple(target)}"
         )
+
+
+def check_ignore_index_use(ignore_index: object) -> None:
+    """Probabilities have no ids that could be ignored: negative ones, the default among them, ignore nothing."""
+    if index("ignore_index", ignore_index) >= 0:
+        raise ValueError(f"ignore_index has no meaning for target probabilities, got ignore_index={ignore_index}")
 
 
 def check_probabilities_shape(target: Shape, logits: Shape, logits_name: str) -> None:

@@ -83,14 +83,15 @@ def cross_entropy(
         weight: (V,), a weight for each class; ones by default.
         axis: the class axis; None is PyTorch's convention, 1, or 0 for one-dimensional logits; -1 serves
             [batch, time, vocab].
-        ignore_index: class id of rows that do not count.
+        ignore_index: class id of rows that do not count; not for probabilities, unless negative.
         reduction: "none", "mean" or "sum" over the rows.
         label_smoothing: eps, in [0, 1].
         z_loss: factor of the squared log-normaliser, at least 0.
         softcap: bound of the logits, positive; None for none.
         temperature: divides the logits, positive.
         bias: (V,), added to the transformed logits (logit adjustment); a constant of the gradient.
-        denominator: divides the sum, for reduction "mean": the token count of a whole accumulation window, say.
+        denominator: divides the sum, for reduction "mean": the token count of a whole accumulation window, say;
+            positive.
         return_grad: returns the gradient of the loss (of its sum, for reduction "none") by the logits as well.
 
     Returns:
@@ -120,7 +121,7 @@ def cross_entropy(
     options = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
     x = _arrays.floating(logits, "logits")
     axis = _options.class_axis(axis, x.shape, "axis", "logits")
-    y = np.asarray(target)
+    y = _arrays.plain(target, "target")
     if y.dtype.kind in "iu":
         _options.check_ids_shape(y.shape, x.shape, axis, "logits")
         y = _arrays.class_ids(y)
@@ -128,6 +129,7 @@ def cross_entropy(
     elif y.dtype.name in _arrays.DTYPE_CODES:
         y = _arrays.floating(y, "target")
         _options.check_probabilities_shape(y.shape, x.shape, "logits")
+        _options.check_ignore_index_use(ignore_index)
         ids, probabilities = None, _arrays.tensor(y, axis)
     else:
         raise TypeError(f"target must hold integer class ids or floating-point class probabilities, got {y.dtype}")

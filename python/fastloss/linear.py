@@ -45,11 +45,11 @@ def linear_cross_entropy(
     bfloat16 arrays are computed in float32, and gradients rounded once.
 
     With ``backward="sampled"`` few entries of each token's gradient by its logits are kept, at random and without bias: with
-    u uniform in (0, 1], t the threshold and s the factor of the token's probabilities (1 for a plain cross-entropy), c_j is
-    kept if ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's entry always, as it is. The
-    expectation of an entry is c_j and its variance at most ``t * s * abs(c_j)``; about 1/t entries of a token are kept, and
-    the two products of the backward become short sums. Where a z-loss leaves s smaller than what label smoothing or
-    probabilities add to the entries besides the target's, s is the mean of both. The loss stays exact.
+    u uniform in (0, 1], t the threshold and s the factor of the token's probabilities (1 / temperature for a plain
+    cross-entropy), c_j is kept if ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's entry
+    always, as it is. The expectation of an entry is c_j and its variance at most ``t * s * abs(c_j)``; about 1/t entries of a
+    token are kept, and the two products of the backward become short sums. Where a z-loss leaves s smaller than what label
+    smoothing or probabilities add to the entries besides the target's, s is the mean of both. The loss stays exact.
 
     Args:
         hidden: (..., H), hidden states; float32, float64, float16 or bfloat16 (of ml_dtypes).
@@ -57,18 +57,18 @@ def linear_cross_entropy(
         target: integers (...), or floating-point class probabilities (..., V).
         bias: (V,), part of the linear map.
         class_weight: (V,), a weight for each class; ones by default.
-        ignore_index: class id of tokens that do not count.
+        ignore_index: class id of tokens that do not count; not for probabilities, unless negative.
         reduction: "none", "mean" or "sum" over the tokens.
         label_smoothing: eps, in [0, 1].
         z_loss: factor of the squared log-normaliser, at least 0.
         softcap: bound of the logits, positive; None for none.
         temperature: divides the logits, positive.
         logit_bias: (V,), added to the transformed logits; a constant of the gradient.
-        denominator: divides the sum, for reduction "mean".
+        denominator: divides the sum, for reduction "mean"; positive.
         return_grad: returns the gradients of the loss (of its sum, for reduction "none") as well.
         backward: "exact" or "sampled".
         threshold: t in (0, 1], for the sampled backward.
-        seed: an int, a NumPy generator, or None for fresh random numbers, for the sampled backward.
+        seed: an int from -2**63 to 2**64 - 1, a NumPy generator, or None for fresh random numbers, for the sampled backward.
         chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits.
 
     Returns:
@@ -92,18 +92,22 @@ def linear_cross_entropy(
     """
     options = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
     sampled, least = _options.backward_code(backward), _options.threshold(threshold)
+    if seed is not None and not isinstance(seed, np.random.Generator):
+        seed = _options.seed(seed)
     factors = _Factors(hidden, weight, bias)
-    y = np.asarray(target)
+    y = _arrays.plain(target, "target")
     kept: Array | None = None
     if y.dtype.kind in "iu":
         _options.check_ids_shape(y.shape, factors.logits_shape, len(factors.rows), "the logits")
-        y = _arrays.class_ids(y).reshape(-1)
-        _cpu.check_targets((_arrays.address(y), y.itemsize), y.size, factors.classes, options.ignore_index)
+        y = _arrays.class_ids(y)
+        _cpu.check_targets((_arrays.address(y), y.itemsize), y.shape, factors.classes, options.ignore_index)
+        y = y.reshape(-1)
         counts = y != options.ignore_index
         kept = None if counts.all() else np.flatnonzero(counts)
         y = y if kept is None else y[kept]
     elif y.dtype.name in _arrays.DTYPE_CODES:
         _options.check_probabilities_shape(y.shape, factors.logits_shape, "the logits")
+        _options.check_ignore_index_use(ignore_index)
         y = np.ascontiguousarray(_arrays.floating(y, "target")).reshape(-1, factors.classes)
     else:
         raise TypeError(f"target must hold integer class ids or floating-point class probabilities, got {y.dtype}")
@@ -116,7 +120,7 @@ def linear_cross_entropy(
     elif options.reduction == _options.MEAN:
         divisor = len(y) if weights is None or y.ndim == 2 else weights[y].sum(dtype=np.float64)
     losses = np.empty(projection.tokens, factors.dtype)
-    sampler = Sampler(_seed(seed), least, factors.dtype) if return_grad and sampled else None
+    sampler = Sampler(_drawn(seed), least, factors.dtype) if return_grad and sampled else None
     numbers = np.arange(factors.tokens) if kept is None else kept
 
     def kernel(tokens: slice, logits: Array) -> None:
@@ -188,6 +192,8 @@ def linear_logit_stats(
         >>> stats = fastloss.linear_logit_stats(hidden, weight, [3, 5], want=("logprob", "entropy"))
         >>> print(np.exp(stats.logprob), np.exp(stats.entropy))
         [0.125 0.125] [8. 8.]
+
+    Source: that of the statistics, see `logit_stats`.
     """
     _options.transform_options(temperature, softcap)
     names = _options.wanted_statistics(want, target is not None)
@@ -195,12 +201,12 @@ def linear_logit_stats(
     biases = _arrays.per_class(logit_bias, "logit_bias", factors.weight, 0)
     ids: Array | None = None
     if target is not None:
-        ids = np.asarray(target)
+        ids = _arrays.plain(target, "target")
         if ids.dtype.kind not in "iu":
             raise TypeError(f"target must hold integer class ids, got {ids.dtype}")
         k = _options.ids_per_row(ids.shape, factors.logits_shape, len(factors.rows), "target", "the logits")
         ids = _arrays.class_ids(ids)
-        _cpu.check_targets((_arrays.address(ids), ids.itemsize), ids.size, factors.classes, None)
+        _cpu.check_targets((_arrays.address(ids), ids.itemsize), ids.shape, factors.classes, None)
         ids = ids.reshape(factors.tokens, *((k,) if ids.ndim > len(factors.rows) else ()))
     projection = _Projection(factors, None, chunk_tokens, carry_back=False)
     chunks: list[LogitStats] = []
@@ -228,6 +234,8 @@ class _Factors:
         h, w = _arrays.floating(hidden, "hidden"), _arrays.floating(weight, "weight")
         if h.ndim < 1:
             raise ValueError("hidden must have shape (..., H), got a 0-dimensional array")
+        if h.shape[-1] == 0:
+            raise ValueError(f"hidden must have at least one feature, got shape {h.shape}")
         if w.ndim != 2 or w.shape[1] != h.shape[-1]:
             raise ValueError(f"weight must have shape (V, {h.shape[-1]}) for hidden of shape {h.shape}, got {w.shape}")
         if w.shape[0] == 0:
@@ -320,7 +328,5 @@ def _as_written(by_hidden: Array, by_weight: Array, by_bias: Array, factors: _Fa
     )
 
 
-def _seed(seed: object) -> int:
-    if seed is None or isinstance(seed, np.random.Generator):
-        return int(np.random.default_rng(seed).integers(2**63))
-    return _options.seed(seed)
+def _drawn(seed: int | np.random.Generator | None) -> int:
+    return seed if isinstance(seed, int) else int(np.random.default_rng(seed).integers(2**63))

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import operator
-
-from fastloss import _cpu
+from fastloss import _cpu, _options
 
 
 def isa() -> str:
@@ -40,11 +38,11 @@ def set_num_threads(n: int) -> None:
     that of PyTorch's threads once `fastloss.torch` is imported and work runs on them.
 
     Args:
-        n: at least 1.
+        n: from 1 to 1024.
 
     Raises:
         TypeError: n is not an int.
-        ValueError: n is less than 1.
+        ValueError: n is out of range.
 
     Example:
         >>> import fastloss
@@ -54,16 +52,10 @@ def set_num_threads(n: int) -> None:
         1
         >>> fastloss.set_num_threads(before)
     """
-    try:
-        n = operator.index(n)
-    except TypeError:
-        raise TypeError(f"n must be an int, got {type(n).__name__}") from None
-    if not 1 <= n <= _MOST_THREADS:
-        raise ValueError(f"n must lie in [1, {_MOST_THREADS}], got {n}")
-    _cpu.set_num_threads(n)
-
-
-_MOST_THREADS = 2**31 - 1  # a C int
+    threads = _options.index("n", n)
+    if not 1 <= threads <= _cpu.MOST_THREADS:
+        raise ValueError(f"n must lie in [1, {_cpu.MOST_THREADS}], got {threads}")
+    _cpu.set_num_threads(threads)
 
 
 def get_num_threads() -> int:

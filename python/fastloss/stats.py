@@ -70,7 +70,7 @@ def logit_stats(
     biases = _arrays.per_class(bias, "bias", x, axis)
     y, ids, k = None, None, 0
     if target is not None:
-        y = np.asarray(target)
+        y = _arrays.plain(target, "target")
         if y.dtype.kind not in "iu":
             raise TypeError(f"target must hold integer class ids, got {y.dtype}")
         k = _options.ids_per_row(y.shape, x.shape, axis, "target", "logits")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def check_logits(name: str, logits: Tensor, cuda: bool = False) -> None:
         raise NotImplementedError(f"{name} is on {logits.device}: this function of fastloss.torch works on {places}")
 
 
-def check_rows_target(logits: Tensor, target: Tensor, dim: int) -> Tensor:
+def check_rows_target(logits: Tensor, target: Tensor, dim: int, ignore_index: object) -> Tensor:
     """Class ids, contiguous and of 4 or 8 bytes, or probabilities as they are."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
@@ -48,21 +50,33 @@ def check_rows_target(logits: Tensor, target: Tensor, dim: int) -> Tensor:
         if target.layout is not torch.strided:
             raise TypeError(f"target must be a dense tensor, got {target.layout}")
         _options.check_probabilities_shape(target.shape, logits.shape, "input")
+        _options.check_ignore_index_use(ignore_index)
         return target
-    ids = as_class_ids(target)
+    ids = as_class_ids("target", target)
     _options.check_ids_shape(ids.shape, logits.shape, dim, "input")
     return ids
 
 
-def as_class_ids(target: Tensor) -> Tensor:
+def as_class_ids(name: str, ids: Tensor, expected: str = "integer class ids or floating-point probabilities") -> Tensor:
     """Class ids of any integer dtype, contiguous and of 4 or 8 bytes."""
-    if target.dtype not in _IDS:
-        if target.dtype == torch.bool or target.dtype.is_floating_point or target.dtype.is_complex or target.is_quantized:
-            raise TypeError(f"target must hold integer class ids or floating-point probabilities, got {_kind(target)}")
-        target = target.long()
-    if target.layout is not torch.strided:
-        raise TypeError(f"target must be a dense tensor, got {target.layout}")
-    return target.contiguous()
+    if ids.dtype not in _IDS:
+        if ids.dtype == torch.bool or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.is_quantized:
+            raise TypeError(f"{name} must hold {expected}, got {_kind(ids)}")
+        ids = ops.in_memory(name, ids)
+        ids = _signed(name, ids) if ids.dtype is torch.uint64 else ids.long()
+    if ids.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {ids.layout}")
+    return ids.contiguous()
+
+
+def _signed(name: str, ids: Tensor) -> Tensor:
+    """Unsigned ids of 64 bits: those beyond int64 must not come back as negative ones, which may be ignored."""
+    wrapped = ids.long()
+    beyond = wrapped < 0
+    if ops.eager(ids) and ids.is_cpu and bool(beyond.any()):
+        value = int(wrapped[beyond][0]) + 2**64
+        raise IndexError(f"{name} holds {value}, which is out of range for any number of classes")
+    return wrapped.masked_fill(beyond, 2**63 - 1)
 
 
 def per_class(name: str, value: Tensor, logits: Tensor, dim: int) -> Tensor:
@@ -72,10 +86,38 @@ def per_class(name: str, value: Tensor, logits: Tensor, dim: int) -> Tensor:
     _options.check_per_class(value.shape, logits.shape[dim], name)
     if value.dtype not in CODES:
         raise TypeError(f"{name} must be of a floating-point dtype, got {_kind(value)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     check_device(name, value, logits)
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} gets no gradient from this loss: pass {name}.detach()")
+    value = ops.in_memory(name, value)
     return value.to(accumulation_dtype(logits.dtype)).contiguous()
+
+
+def check_denominator(denominator: Tensor, reduction: object, logits: Tensor) -> None:
+    """A 0-d tensor with a positive number, which is looked at where nothing has to wait for it."""
+    _options.check_denominator_use(reduction)
+    if denominator.ndim != 0:
+        raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
+    if denominator.dtype == torch.bool or denominator.dtype.is_complex:
+        raise TypeError(f"denominator must be a real number, got {_kind(denominator)}")
+    if denominator.device != logits.device and not denominator.is_cpu:
+        raise ValueError(f"denominator is on {denominator.device}, but the logits are on {logits.device}")
+    if denominator.is_cpu and ops.eager(denominator):
+        _options.check_denominator(denominator.item())
+
+
+def loss_options(*choices: Any) -> _options.LossOptions:
+    """As `_options.loss_options`, with 0-d tensors for numbers."""
+    return _options.loss_options(*map(number_of, choices))
+
+
+def number_of(value: Any) -> Any:
+    """A 0-d tensor that is a constant as its number, as PyTorch takes it; everything else as it is."""
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.requires_grad and ops.eager(value):
+        return value.item()
+    return value
 
 
 def check_device(name: str, value: Tensor, logits: Tensor) -> None:

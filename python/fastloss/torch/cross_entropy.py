@@ -12,7 +12,7 @@ from torch.nn import _reduction as legacy
 
 from fastloss import _options
 from fastloss.torch import ops
-from fastloss.torch.arguments import check_logits, check_rows_target, per_class
+from fastloss.torch.arguments import check_denominator, check_logits, check_rows_target, loss_options, per_class
 from fastloss.torch.autograd import CrossEntropy, CrossEntropyUnderTransforms, apply_cross_entropy
 from fastloss.torch.ops import Options
 
@@ -57,17 +57,17 @@ def cross_entropy(
             the shape of the logits, which may need gradients.
         weight: class weights, shape ``(C)``; a constant.
         size_average: deprecated by PyTorch, see `reduction`.
-        ignore_index: rows with this id count nothing and get a zero gradient.
+        ignore_index: rows with this id count nothing and get a zero gradient. Not for probabilities, unless negative.
         reduce: deprecated by PyTorch, see `reduction`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by the weights of the counted rows, or by the number of
             rows for probabilities.
-        label_smoothing: eps in [0, 1].
+        label_smoothing: eps in [0, 1]; it and the numbers below may be 0-d tensors, whose values are read.
         dim: the class dimension. None is PyTorch's convention: 1, or 0 for 1-D logits. Use -1 for ``[batch, time, vocab]``.
-        z_loss: factor of the squared log-sum-exp.
-        softcap: bound of the logits.
-        temperature: divides the logits first.
+        z_loss: factor of the squared log-sum-exp, at least 0.
+        softcap: bound of the logits, positive; None for none.
+        temperature: divides the logits first, positive.
         logit_bias: one number a class, added last (logit adjustment), shape ``(C)``; a constant.
-        denominator: number or 0-d tensor that divides the sum in place of the counted weights: the tokens of a whole
+        denominator: positive number or 0-d tensor that divides the sum in place of the counted weights: the tokens of a whole
             accumulation window, say. A batch with every target ignored then gives 0, on the graph, and not NaN.
         inplace: backward writes the gradient over the logits, so that no second tensor of their size is made; fresh memory, in
             the trip of the loss, is faster. Autograd reports any other use of the logits after that.
@@ -80,6 +80,7 @@ def cross_entropy(
         ValueError: shapes or options that do not fit, `inplace` on a leaf that needs a gradient.
         IndexError: a class id out of range. On a GPU its row becomes NaN instead, but with `FASTLOSS_DEBUG=1`.
         NotImplementedError: tensors on other devices than the CPU and, where fastloss was built for it, CUDA.
+        RuntimeError: a second derivative (``create_graph=True``) of a loss with `inplace`, in backward.
 
     Example:
         >>> import torch
@@ -92,21 +93,21 @@ def cross_entropy(
     Source:
         Label smoothing: Szegedy et al., "Rethinking the Inception Architecture" (2016).
         z-loss: Chowdhery et al., "PaLM" (2022).
+        Softcap: Gemma Team, "Gemma 2" (2024).
+        Logit bias: Menon et al., "Long-tail learning via logit adjustment" (2021).
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
     check_logits("input", input, cuda=True)
     class_dim = _options.class_axis(dim, input.shape, "dim", "input")
-    target = check_rows_target(input, target, class_dim)
+    target = check_rows_target(input, target, class_dim, ignore_index)
     if weight is not None:
         weight = per_class("weight", weight, input, class_dim)
     if logit_bias is not None:
         logit_bias = per_class("logit_bias", logit_bias, input, class_dim)
     divisor: Tensor | None = None
-    if isinstance(denominator, Tensor):
-        _options.check_denominator_use(reduction)
-        if denominator.ndim != 0:
-            raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
+    if denominator is not None and isinstance(denominator, Tensor):  # of None alone isinstance takes 90 ns
+        check_denominator(denominator, reduction, input)
         divisor, denominator, reduction = denominator, None, "sum"
     choices = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
     eager = ops.eager(input, target, weight, logit_bias)
@@ -136,19 +137,23 @@ def _check_options(
     reduction: str,
     denominator: float | None,
 ) -> tuple[Options, int, float | None]:
-    checked = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
+    checked = loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
     options = Options(dim, checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
     return options, checked.reduction, checked.denominator
 
 
 # A training loop passes the same few options on every call: looking them up costs less than checking them.
-_look_up_options = functools.lru_cache(maxsize=256, typed=True)(_check_options)
+@functools.lru_cache(maxsize=256, typed=True)
+def _look_up_options(*choices: Any) -> tuple[Options, int, float | None]:
+    if any(isinstance(choice, Tensor) for choice in choices):
+        raise TypeError("a tensor may change its value")
+    return _check_options(*choices)
 
 
 def _remembered_options(*choices: Any) -> tuple[Options, int, float | None]:
     try:
         return _look_up_options(*choices)
-    except TypeError:  # something that cannot be hashed, perhaps: the check itself names the argument
+    except TypeError:  # a tensor, or something that cannot be hashed: the check itself names the argument
         return _check_options(*choices)
 
 
@@ -167,6 +172,22 @@ def _check_inplace(input: Tensor) -> None:
 
 class CrossEntropyLoss(torch.nn.Module):
     """`cross_entropy` as a module: `torch.nn.CrossEntropyLoss` with the same options, and those of fastloss.
+
+    Args:
+        weight: class weights, shape ``(C)``; a buffer, as in PyTorch.
+        size_average: deprecated by PyTorch, see `reduction`.
+        ignore_index: see `cross_entropy`, as for all that follow.
+        reduce: deprecated by PyTorch, see `reduction`.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: eps in [0, 1].
+        dim: the class dimension.
+        z_loss: factor of the squared log-sum-exp.
+        softcap: bound of the logits.
+        temperature: divides the logits first.
+        logit_bias: one number a class, shape ``(C)``; a buffer.
+        inplace: backward writes the gradient over the logits.
+
+    A `denominator` may change from call to call: it is given to `forward`, after input and target.
 
     Example:
         >>> import torch
@@ -198,7 +219,9 @@ class CrossEntropyLoss(torch.nn.Module):
         super().__init__()
         if size_average is not None or reduce is not None:
             reduction = legacy.legacy_get_string(size_average, reduce)
-        _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, None)
+        loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, None)
+        if dim is not None:
+            _options.index("dim", dim)
         self.register_buffer("weight", weight)
         self.register_buffer("logit_bias", logit_bias)
         self.ignore_index = ignore_index
@@ -231,5 +254,5 @@ class CrossEntropyLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Shows the options that are numbers and words."""
-        shown = ("reduction", "label_smoothing", "z_loss", "softcap", "temperature", "inplace")
+        shown = ("ignore_index", "reduction", "label_smoothing", "dim", "z_loss", "softcap", "temperature", "inplace")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,8 +45,10 @@ def check_ids(target: Tensor, classes: int, ignore_index: int | None) -> None:
         wrong &= target != ignore_index
     places = wrong.flatten().nonzero()
     if len(places):
-        place = int(places[0])
-        raise IndexError(f"target[{place}] = {int(target.flatten()[place])} is out of range for {classes} classes")
+        first = int(places[0])
+        place = ", ".join(str(int(i)) for i in np.unravel_index(first, target.shape))
+        place = f"[{place}]" if place else ""
+        raise IndexError(f"target{place} = {int(target.flatten()[first])} is out of range for {classes} classes")
 
 
 def _describe_upstream(upstream: Tensor) -> _cpu.Upstream:
@@ -107,7 +110,7 @@ def cross_entropy_backward(
     """As `ops.cross_entropy_backward`."""
     grad = ops.fresh(logits) if grad is None else grad
     made_for, following, surprised = expected or (None, None, None)
-    upstream = upstream.resolve_neg().contiguous()
+    upstream = ops.upstream_of(upstream)
     _cuda.cross_entropy_backward(
         *ops.call_of(logits, target, weight, bias, options),
         scale.data_ptr(),
@@ -132,7 +135,7 @@ def soft_target_gradient(
 ) -> Tensor:
     """As `ops.soft_target_gradient`."""
     out = ops.fresh(target)
-    upstream = upstream.resolve_neg().contiguous()
+    upstream = ops.upstream_of(upstream)
     _cuda.soft_target_gradient(
         ops.describe(logits, options.dim),
         ops.address(weight),

@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from fastloss import _options
-from fastloss._chunks import check_chunk_tokens
 from fastloss._options import STATISTICS, LogitStats
 from fastloss.torch import ops
-from fastloss.torch.arguments import per_class
+from fastloss.torch.arguments import check_denominator, loss_options, per_class
 from fastloss.torch.linear_arguments import (
+    DEFAULT_IGNORE_INDEX,
     check_factors,
+    check_seed,
     check_sparse,
     check_sparse_factors,
     check_statistics_ids,
     check_target,
     chunk_size_of,
+    counted,
     device_type,
+    mean,
     seed_tensor,
     split_places,
-    tensor_denominator,
     under_autocast,
 )
 from fastloss.torch.linear_autograd import (
@@ -35,7 +37,6 @@ from fastloss.torch.linear_autograd import (
     LinearCrossEntropyUnderTransforms,
     LinearStatistics,
 )
-from fastloss.torch.ops import CODES
 from fastloss.torch.projection import NOTHING
 
 
@@ -63,15 +64,15 @@ def linear_cross_entropy(
 ) -> Tensor:
     r"""`cross_entropy(linear(input, linear_weight, linear_bias), target)` with the logits of a few tokens at a time.
 
-    It takes every call of `torch.nn.functional.linear_cross_entropy`. The formula of the loss stands at
+    It takes the calls of `torch.nn.functional.linear_cross_entropy`. The formula of the loss stands at
     :func:`fastloss.torch.cross_entropy`. Tokens with the ignored id are left out before the first product.
 
     ``backward="exact"``: a reduced loss makes its gradients in forward, chunk by chunk, while the logits are there: three
     matrix products in all. Losses of single tokens (``reduction="none"``) make the logits once more in backward.
 
     ``backward="sampled"``: of the gradient c by the logits of a token few entries are kept, at random: with u uniform in
-    (0, 1], t the threshold and s the factor of the token's probabilities (1 for a plain cross-entropy), an entry is kept if
-    ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's entry is always kept as it is. The
+    (0, 1], t the threshold and s the factor of the token's probabilities (1 / temperature for a plain cross-entropy), an entry
+    is kept if ``abs(c_j) > u * t * s``, as ``sign(c_j) * max(abs(c_j), t * s)``; the target's is always kept as it is. The
     expectation of every entry is exactly c_j, its variance at most ``t * s * abs(c_j)``: t times the variance that the label
     itself has. On average at most ``1 / t`` entries and the target's are kept (with label smoothing or probabilities up to
     ``2 / t``: where a z-loss leaves s smaller than what those add to the other entries, s is the mean of both), whatever
@@ -87,17 +88,19 @@ def linear_cross_entropy(
         weight: class weights ``(C)``; a constant.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: tokens with this id count nothing; None stands for -100. Not for probabilities.
-        label_smoothing: eps in [0, 1].
+        label_smoothing: eps in [0, 1]; it and the numbers below may be 0-d tensors, whose values are read.
         options: a `torch.nn.LinearCrossEntropyOptions`, for its `batch_chunk_size`; everything else in it is of no use here.
-        z_loss: factor of the squared log-sum-exp.
-        softcap: bound of the logits.
-        temperature: divides the logits first.
+        z_loss: factor of the squared log-sum-exp, at least 0.
+        softcap: bound of the logits, positive; None for none.
+        temperature: divides the logits first, positive.
         logit_bias: one number a class, added to the transformed logits, shape ``(C)``; a constant.
-        denominator: number or 0-d tensor that divides the sum in place of the counted weights.
+        denominator: positive number or 0-d tensor that divides the sum in place of the counted weights.
         backward: ``"exact"`` or ``"sampled"``.
         threshold: t in (0, 1], for the sampled backward.
-        seed: an int or a `torch.Generator`, for the sampled backward; by default a number drawn from PyTorch's generator.
-            Under `torch.vmap` a given one serves every sample; drawn ones follow its `randomness`.
+        seed: an int, as `torch.manual_seed` takes it, or a `torch.Generator`, for the sampled backward; by default a number
+            drawn from PyTorch's generator. Of a weight with further dimensions, place i in row-major order has the seed
+            ``seed + i * 0x9E3779B97F4A7C15`` modulo 2**64. Under `torch.vmap` a given one serves every sample; drawn ones
+            follow its `randomness`.
         sparse: for the sampled backward: the gradients by `linear_weight` ``(C, H)`` and `linear_bias` are sparse tensors with
             a row for each class that has an entry, sorted by class, as `torch.nn.Embedding` with ``sparse=True`` has them and
             `torch.optim.SparseAdam` and `torch.optim.SGD` take them. Each row has the bits of the dense gradient, which is not
@@ -127,19 +130,17 @@ def linear_cross_entropy(
         0.3955 (2, 2) (3, 2)
 
     Source:
+        The loss: see :func:`fastloss.torch.cross_entropy`.
         The sampling rule: Wangni et al., "Gradient Sparsification for Communication-Efficient Distributed Optimization" (2018).
     """
     check_factors(input, linear_weight, linear_bias)
+    sampled = _options.backward_code(backward)
     if sparse:
-        check_sparse(_options.backward_code(backward), linear_weight.shape[1:-1])
+        check_sparse(sampled, linear_weight.shape[1:-1])
         check_sparse_factors(input, linear_weight)
-    if linear_weight.ndim > 2:
-        return _with_further_dimensions(**locals())
-    rows = input.shape[:-1]
-    logits_shape = (*rows, linear_weight.shape[0])
-    ids = check_target(input, target, logits_shape, ignore_index)
-    checked = _options.loss_options(
-        -100 if ignore_index is None else ignore_index,
+    rows, places = input.shape[:-1], linear_weight.shape[1:-1]
+    checked = loss_options(
+        DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index,
         reduction,
         label_smoothing,
         z_loss,
@@ -147,26 +148,36 @@ def linear_cross_entropy(
         temperature,
         None if isinstance(denominator, Tensor) else denominator,
     )
-    divisor, code = tensor_denominator(denominator, reduction, checked.reduction)
+    code = checked.reduction
+    if isinstance(denominator, Tensor):
+        check_denominator(denominator, reduction, input)
+        code = _options.SUM
+    target = check_target(input, target, (*rows, linear_weight.shape[0], *places), len(rows), ignore_index)
     class_weight = None if weight is None else per_class("weight", weight, linear_weight, 0)
     logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, linear_weight, 0)
     chunk = chunk_size_of(chunk_tokens, options)
-    hidden, head, bias = under_autocast(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
-    ids = ids.reshape(-1) if ids.dtype not in CODES else ids.reshape(-1, ids.shape[-1])
+    threshold, seed = _options.threshold(threshold), check_seed(seed)
+
+    count: Tensor | None = None
+    if places and code == _options.MEAN and checked.denominator is None:
+        count, code = counted(target, class_weight, checked.ignore_index), _options.SUM
+    hidden = input.reshape(math.prod(rows), input.shape[-1])
+    if not places:
+        target = target.reshape(len(hidden), *target.shape[len(rows) :])
     choices = (checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
-    arguments = (hidden, head, bias, chunk, ids, class_weight, logit_bias, *choices, code, checked.denominator)
-    loss = _run(arguments, _options.backward_code(backward), _options.threshold(threshold), seed, sparse)
-    if divisor is not None:
-        loss = loss / divisor.to(loss.dtype)
-    return loss.reshape(rows) if code == _options.NONE else loss
-
-
-def _with_further_dimensions(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, **options: Any
-) -> Tensor:
-    losses = [linear_cross_entropy(**place) for place in split_places(input, linear_weight, target, linear_bias, options)]
-    stacked = torch.stack(losses, -1)
-    return stacked.reshape(len(input), *linear_weight.shape[1:-1]) if options["reduction"] == "none" else stacked.sum()
+    losses = []
+    for place, (matrix, bias, ids) in enumerate(split_places(linear_weight, linear_bias, target)):
+        factors = under_autocast(hidden, matrix, bias)
+        arguments = (*factors, chunk, ids, class_weight, logit_bias, *choices, code, checked.denominator)
+        of_place = _options.seed_of_place(seed, place) if isinstance(seed, int) else seed
+        losses.append(_run(arguments, sampled, threshold, of_place, sparse))
+    loss = torch.stack(losses, -1) if places else losses[0]
+    if code == _options.NONE:
+        return loss.reshape((*rows, *places))
+    loss = loss.sum() if places else loss
+    if count is not None:
+        return mean(loss, count)
+    return loss / denominator.to(loss.dtype) if isinstance(denominator, Tensor) else loss
 
 
 def _run(
@@ -220,8 +231,8 @@ def linear_logit_stats(
         target: class ids ``(...)``, or ``(..., K)`` for K ids a token.
         bias: ``(C)``, part of the linear map, differentiable.
         want: names of statistics, see :func:`fastloss.torch.logit_stats`.
-        softcap: bound of the logits.
-        temperature: divides the logits first.
+        softcap: bound of the logits, positive; None for none.
+        temperature: divides the logits first, positive.
         logit_bias: one number a class, added to the transformed logits; a constant.
         chunk_tokens: tokens whose logits are made at a time; by default as many as have 2**26 logits, on a GPU 512 MiB or what
             takes no more memory in all.
@@ -241,6 +252,9 @@ def linear_logit_stats(
         >>> stats = linear_logit_stats(torch.zeros(2, 3), torch.zeros(8, 3), torch.tensor([3, 5]), want=("logprob", "entropy"))
         >>> print(stats.logprob.exp(), stats.entropy.exp())
         tensor([0.1250, 0.1250]) tensor([8., 8.])
+
+    Source:
+        That of the statistics, see :func:`fastloss.torch.logit_stats`.
     """
     check_factors(hidden, weight, bias, ("hidden", "weight", "bias"))
     if weight.ndim != 2:
@@ -251,7 +265,7 @@ def linear_logit_stats(
     ids = None if target is None else check_statistics_ids(target, hidden, weight.shape[0])
     logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, weight, 0)
     wanted = tuple(name in names or (name == "argmax" and "max_prob" in names) for name in STATISTICS)
-    chunk = None if chunk_tokens is None else check_chunk_tokens(chunk_tokens)
+    chunk = chunk_size_of(chunk_tokens, None)
     factors = under_autocast(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     with torch.autocast(device_type(hidden), enabled=False):
         outputs = LinearStatistics.apply(*factors, chunk, ids, logit_bias, cap, heat, wanted)
@@ -277,6 +291,19 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     weight: Tensor | None
     logit_bias: Tensor | None
+    _OPTIONS = (
+        "reduction",
+        "ignore_index",
+        "label_smoothing",
+        "options",
+        "z_loss",
+        "softcap",
+        "temperature",
+        "backward",
+        "threshold",
+        "sparse",
+        "chunk_tokens",
+    )
 
     def __init__(
         self,
@@ -303,29 +330,32 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     ) -> None:
         """Takes the size of the head, and the options of `linear_cross_entropy`."""
         super().__init__()
-        _options.loss_options(ignore_index or 0, reduction, label_smoothing, z_loss, softcap, temperature, None)
+        default = DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index
+        loss_options(default, reduction, label_smoothing, z_loss, softcap, temperature, None)
         sampled = _options.backward_code(backward)
         if sparse:
             check_sparse(sampled, out_features)
+        chunk_size_of(chunk_tokens, options)
+        for name, value in (("weight", weight), ("logit_bias", logit_bias)):
+            if value is not None:
+                _options.check_per_class(value.shape, num_classes, name)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.linear = torch.nn.Linear(
             in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype
         )
         self.register_buffer("weight", weight)
         self.register_buffer("logit_bias", logit_bias, persistent=logit_bias is not None)
-        self._options: dict[str, Any] = {
-            "reduction": reduction,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "options": options,
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "temperature": temperature,
-            "backward": backward,
-            "threshold": _options.threshold(threshold),
-            "sparse": sparse,
-            "chunk_tokens": chunk_tokens,
-        }
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.options = options
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.temperature = temperature
+        self.backward = backward
+        self.threshold = _options.threshold(threshold)
+        self.sparse = sparse
+        self.chunk_tokens = chunk_tokens
 
     def forward(
         self,
@@ -349,11 +379,12 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             logit_bias=self.logit_bias,
             denominator=denominator,
             seed=seed,
-            **self._options,
+            **{name: getattr(self, name) for name in self._OPTIONS},
         )
 
     def extra_repr(self) -> str:
-        """Shows the options that are not at their defaults."""
-        hidden = ("options",) if self._options["sparse"] else ("options", "sparse")
-        shown = {name: value for name, value in self._options.items() if value is not None and name not in hidden}
+        """Shows the sizes, and the options that are set."""
+        shown = {"in_features": self.linear.in_features, "num_classes": self.num_classes, "out_features": self.out_features}
+        options = {name: getattr(self, name) for name in self._OPTIONS}
+        shown |= {name: value for name, value in options.items() if value is not None and value is not False}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

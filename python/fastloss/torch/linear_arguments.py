@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastloss import _options
 from fastloss._chunks import check_chunk_tokens
-from fastloss.torch import ops
+from fastloss.torch import linear_ops, ops
 from fastloss.torch.arguments import as_class_ids, check_device, check_logits
 from fastloss.torch.ops import CODES
+
+DEFAULT_IGNORE_INDEX = -100
 
 
 def check_factors(
@@ -30,12 +32,15 @@ def check_factors(
         raise ValueError(f"{names[0]} must have shape (..., H), got a 0-dimensional tensor")
     if weight.ndim < 2:
         raise ValueError(f"{names[1]} must have shape (C, H), got {tuple(weight.shape)}")
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{names[0]} must have at least one feature, got shape {tuple(hidden.shape)}")
     if hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"{names[1]} must have as many features as {names[0]}, {hidden.shape[-1]}, at its end; got {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{names[1]} must have at least one class, got shape {tuple(weight.shape)}")
+    if 0 in weight.shape[:-1]:
+        missing = "class" if weight.shape[0] == 0 else "place"
+        raise ValueError(f"{names[1]} must have at least one {missing}, got shape {tuple(weight.shape)}")
     if weight.ndim > 2 and hidden.ndim != 2:
         raise ValueError(f"{names[0]} must have shape (N, H) for {names[1]} of shape {tuple(weight.shape)}")
     tensors = {names[1]: weight}
@@ -44,7 +49,9 @@ def check_factors(
         if bias.shape != weight.shape[:-1]:
             raise ValueError(f"{names[2]} must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
         tensors[names[2]] = bias
+    ops.in_memory(names[0], hidden)
     for name, tensor in tensors.items():
+        ops.in_memory(name, tensor)
         check_device(name, tensor, hidden)
         if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(device_type(hidden)):
             kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (tensor, hidden))
@@ -69,18 +76,25 @@ def check_sparse_factors(hidden: Tensor, weight: Tensor) -> None:
         raise TypeError(f"linear_weight must have the dtype of autocast, {wanted}, for sparse=True, got {kind}")
 
 
-def check_target(input: Tensor, target: Tensor, logits_shape: tuple[int, ...], ignore_index: int | None) -> Tensor:
-    """Class ids, or probabilities, one a token."""
+def check_target(
+    input: Tensor, target: Tensor, logits_shape: tuple[int, ...], class_dim: int, ignore_index: int | None
+) -> Tensor:
+    """Class ids, contiguous, or probabilities, for logits of this shape."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     check_device("target", target, input)
     if target.dtype in CODES:
+        if target.layout is not torch.strided:
+            raise TypeError(f"target must be a dense tensor, got {target.layout}")
+        ops.in_memory("target", target)
         _options.check_probabilities_shape(target.shape, logits_shape, "the logits")
         if ignore_index is not None:
-            raise ValueError("ignore_index has no meaning for target probabilities")
+            raise ValueError(f"ignore_index has no meaning for target probabilities, got ignore_index={ignore_index}")
         return target
-    ids = as_class_ids(target)
-    _options.check_ids_shape(ids.shape, logits_shape, len(logits_shape) - 1, "the logits")
+    ids = ops.in_memory("target", as_class_ids("target", target))
+    _options.check_ids_shape(ids.shape, logits_shape, class_dim, "the logits")
+    if ops.eager(ids):
+        linear_ops.check_ids(ids, logits_shape[class_dim], DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index)
     return ids
 
 
@@ -90,38 +104,35 @@ def check_statistics_ids(target: Tensor, hidden: Tensor, classes: int) -> Tensor
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     check_device("target", target, hidden)
-    if target.dtype.is_floating_point:
-        raise TypeError(f"target must hold integer class ids, got {str(target.dtype).removeprefix('torch.')}")
-    _options.ids_per_row(target.shape, (*rows, classes), len(rows), "target", "the logits")
-    many = target.ndim > len(rows)
-    return as_class_ids(target).reshape((-1, target.shape[-1]) if many else (-1,))
+    ids = ops.in_memory("target", as_class_ids("target", target, "integer class ids"))
+    _options.ids_per_row(ids.shape, (*rows, classes), len(rows), "target", "the logits")
+    if ops.eager(ids):
+        linear_ops.check_ids(ids, classes, None)
+    tokens = math.prod(rows)
+    return ids.reshape((tokens, ids.shape[-1]) if ids.ndim > len(rows) else (tokens,))
 
 
-def tensor_denominator(denominator: float | Tensor | None, reduction: str, code: int) -> tuple[Tensor | None, int]:
-    """A denominator that is a tensor divides the sum afterwards."""
-    if not isinstance(denominator, Tensor):
-        return None, code
-    _options.check_denominator_use(reduction)
-    if denominator.ndim != 0:
-        raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
-    return denominator, _options.SUM
+def check_seed(seed: object) -> int | torch.Generator | None:
+    """A number of 64 bits, a generator that will draw one, or None for PyTorch's."""
+    return seed if seed is None or isinstance(seed, torch.Generator) else _options.seed(seed)
 
 
-def seed_tensor(seed: object, device: torch.device) -> Tensor:
+def seed_tensor(seed: int | torch.Generator | None, device: torch.device) -> Tensor:
     """A number of 64 bits, drawn where none is given: where it is used, so that a CUDA graph draws at each replay."""
     if isinstance(seed, torch.Generator) and seed.device.type != device.type:
         seed = int(torch.randint(2**63 - 1, (), generator=seed, device=seed.device))
     if seed is None or isinstance(seed, torch.Generator):
         return torch.randint(2**63 - 1, (), generator=seed, device=device)
-    return torch.full((), _options.seed(seed), dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def chunk_size_of(chunk_tokens: int | None, options: Any) -> int | None:
     """Tokens of a chunk, None for the default."""
-    if chunk_tokens is not None:
-        return check_chunk_tokens(chunk_tokens)
-    size = getattr(options, "batch_chunk_size", None)
-    return size if isinstance(size, int) and size > 0 else None
+    if options is not None and not hasattr(options, "batch_chunk_size"):
+        raise TypeError(f"options must be a torch.nn.LinearCrossEntropyOptions, got {type(options).__name__}")
+    if chunk_tokens is None and options is not None:
+        chunk_tokens = options.batch_chunk_size
+    return None if chunk_tokens is None else check_chunk_tokens(chunk_tokens)
 
 
 def device_type(tensor: Tensor) -> str:
@@ -138,38 +149,29 @@ def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def split_places(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Weights (C, d1, ..., dK, H) hold a head for each place (d1, ..., dK): the arguments of each.
-
-    A mean over all of them becomes a sum over each, divided by what all count.
-    """
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
-    classes, *places = linear_weight.shape[:-1]
-    tokens, count = input.shape[0], math.prod(places)
-    probabilities = target.dtype in CODES
-    wanted = (tokens, classes, *places) if probabilities else (tokens, *places)
-    if tuple(target.shape) != wanted:
-        of_weight = f"linear_weight of shape {tuple(linear_weight.shape)}"
-        raise ValueError(f"target must have shape {wanted} for {of_weight}, got {tuple(target.shape)}")
-    heads = linear_weight.reshape(classes, count, -1).unbind(1)
-    biases = [None] * count if linear_bias is None else linear_bias.reshape(classes, count).unbind(1)
-    targets = target.flatten(2).unbind(2) if probabilities else target.flatten(1).unbind(1)
-    if options["reduction"] == "mean" and options["denominator"] is None:
-        counted = _counted(target, options["weight"], options["ignore_index"], tokens * count)
-        options = options | {"denominator": counted}
-    return [
-        options | {"input": input, "linear_weight": head, "target": ids, "linear_bias": bias}
-        for head, ids, bias in zip(heads, targets, biases, strict=True)
-    ]
+def split_places(weight: Tensor, bias: Tensor | None, target: Tensor) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """Weights (C, d1, ..., dK, H) hold a head for each place (d1, ..., dK): weight, bias and target of each."""
+    classes, *places = weight.shape[:-1]
+    if not places:
+        return [(weight, bias, target)]
+    count = math.prod(places)
+    biases = [None] * count if bias is None else bias.reshape(classes, count).unbind(1)
+    targets = target.flatten(2).unbind(2) if target.dtype in CODES else target.flatten(1).t().contiguous().unbind(0)
+    return list(zip(weight.flatten(1, -2).unbind(1), biases, targets, strict=True))
 
 
-def _counted(target: Tensor, weight: Tensor | None, ignore_index: int | None, everything: int) -> Tensor:
+def counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean over all places divides by: the number of targets that count, or the sum of their weights."""
     if target.dtype in CODES:
-        return torch.tensor(float(everything), dtype=torch.float64)
-    counts = target != (-100 if ignore_index is None else ignore_index)
+        return torch.tensor(target.numel() / target.shape[1], dtype=torch.float64)
+    counts = target != ignore_index
     if weight is None:
         return counts.sum().to(torch.float64)
-    return weight.to(torch.float64)[torch.where(counts, target, 0).long()].mul(counts).sum()
+    of_ids = weight.to(torch.float64)[target.long().clamp(0, len(weight) - 1)]  # a GPU must not meet an id out of range
+    return of_ids.mul(counts).sum()
+
+
+def mean(total: Tensor, count: Tensor) -> Tensor:
+    """NaN where nothing counts, with a gradient of 0."""
+    nothing = count == 0
+    return (total / count.masked_fill(nothing, 1).to(total.dtype)).masked_fill(nothing, math.nan)

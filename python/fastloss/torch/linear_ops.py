@@ -86,10 +86,12 @@ def _projection(head: Head, wanted: Wanted) -> Any:
     return Projection(*head[:3], None, head.chunk_tokens, wanted)
 
 
-def _check_ids(head: Head, task: Task) -> None:
-    if task.target.dtype not in CODES:
-        rows, classes = task.target.numel(), head.weight.shape[0]
-        _cpu.check_targets((task.target.data_ptr(), task.target.element_size()), rows, classes, task.options.ignore_index)
+def check_ids(ids: Tensor, classes: int, ignore_index: int | None) -> None:
+    """Raises IndexError for the first class id out of range; on a GPU with FASTLOSS_DEBUG=1 alone. The ids are contiguous."""
+    if is_on_gpu(ids):
+        _gpu().check_ids(ids, classes, ignore_index)
+    else:
+        _cpu.check_targets((ids.data_ptr(), ids.element_size()), ids.shape, classes, ignore_index)
 
 
 def _forward(
@@ -101,7 +103,8 @@ def _forward(
     upstream: float,
     sampled: Sampler | None,
 ) -> tuple[Loss, list[Tensor]]:
-    _check_ids(head, task)
+    if task.target.dtype not in CODES:
+        check_ids(task.target, head.weight.shape[0], task.options.ignore_index)
     all_tokens = head.hidden.shape[0]
     kept = task.counted()
     task = task.of(kept)
@@ -273,7 +276,8 @@ def _scaled(kept: Entries, upstream: Tensor, scale: float | Tensor) -> SparseGra
     start, columns, values = kept
     count = int(start[-1])  # after them vmap may have put zeros
     entries = SparseGradient(start.numpy(), columns[:count].numpy(), values[:count].numpy())
-    return entries.scaled((upstream.to(torch.float64) * scale).expand(entries.rows).numpy())
+    upstream = ops.upstream_of(upstream).to(torch.float64)
+    return entries.scaled((upstream * scale).expand(entries.rows).numpy())
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -283,11 +287,8 @@ def statistics(
     head: Head, target: Tensor | None, logit_bias: Tensor | None, softcap: float, temperature: float, want: list[bool]
 ) -> list[Tensor]:
     """The eight statistics, empty where not wanted, and `saved`."""
-    if target is not None and is_on_gpu(target):
-        _gpu().check_ids(target, head.weight.shape[0], None)
-    elif target is not None:
-        ids = target.contiguous()
-        _cpu.check_targets((ids.data_ptr(), ids.element_size()), ids.numel(), head.weight.shape[0], None)
+    if target is not None:
+        check_ids(target.contiguous(), head.weight.shape[0], None)
     projection = _projection(head, NOTHING)
     chunks: list[list[Tensor]] = []
 

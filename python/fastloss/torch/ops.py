@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastloss import _cpu
-from fastloss._options import NONE, RECYCLED_FROM, row_shape
+from fastloss._options import INTEGER_STATISTICS, NONE, RECYCLED_FROM, STATISTICS, TARGET_STATISTICS, row_shape
 
 CODES = {torch.float32: _cpu.F32, torch.float64: _cpu.F64, torch.float16: _cpu.F16, torch.bfloat16: _cpu.BF16}
 
@@ -58,9 +58,32 @@ def eager(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _TENSORS or not (tensor.is_cpu or tensor.is_cuda) or tensor.is_neg():
+        if type(tensor) not in _TENSORS or tensor.is_neg():
+            return False
+        # Zero tensors, which the dispatcher makes real, with strides of 0; and the meta device. An empty tensor has no memory.
+        if not tensor.data_ptr() and (tensor.numel() or tensor.is_meta):
             return False
     return True
+
+
+def in_memory(name: str, tensor: Tensor) -> Tensor:
+    """The tensor; autograd's zero tensors, which have no memory, made real. Raises where the storage was resized to nothing.
+
+    Of logits and ids it is the kernels that look, at no cost.
+    """
+    if torch.compiler.is_compiling() or _functorch_active() or _dispatch_modes() or type(tensor) not in _TENSORS:
+        return tensor
+    if tensor.data_ptr() or tensor.is_meta or not tensor.numel():
+        return tensor
+    if tensor._is_zerotensor():
+        return tensor.clone()
+    raise ValueError(f"{name} has no memory: its storage was resized or freed, but it has {tensor.numel()} elements")
+
+
+def upstream_of(gradient: Tensor) -> Tensor:
+    """An upstream gradient as the kernels take it."""
+    gradient = gradient.clone() if gradient._is_zerotensor() else gradient
+    return gradient.resolve_neg().contiguous()
 
 
 def gpu() -> ModuleType:
@@ -194,7 +217,7 @@ def cross_entropy_backward(
         on_gpu: Tensor = gpu().cross_entropy_backward(*arguments)
         return on_gpu
     grad = fresh(logits) if grad is None else grad
-    upstream = upstream.resolve_neg().contiguous()
+    upstream = upstream_of(upstream)
     _cpu.cross_entropy_backward(
         *call_of(logits, target, weight, bias, options),
         scale,  # type: ignore[arg-type]  # a float on the CPU
@@ -220,7 +243,7 @@ def soft_target_gradient(
         on_gpu: Tensor = gpu().soft_target_gradient(upstream, logits, target, weight, bias, saved, scale, options)
         return on_gpu
     out = fresh(target)
-    upstream = upstream.resolve_neg().contiguous()
+    upstream = upstream_of(upstream)
     _cpu.soft_target_gradient(
         describe(logits, options.dim),
         address(weight),
@@ -308,10 +331,9 @@ def stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: list[bo
     """Room for the statistics: on logits of any kind, so that tracing sees the same shapes."""
     rows = row_shape(logits.shape, dim)
     outputs = []
-    for i, wanted in enumerate(want):
-        per_target = i in (0, 7) and target is not None
-        shape = tuple(target.shape) if per_target and target is not None else rows
-        dtype = torch.int64 if i >= 6 else accumulation_dtype(logits.dtype)
+    for name, wanted in zip(STATISTICS, want, strict=True):
+        shape = tuple(target.shape) if name in TARGET_STATISTICS and target is not None else rows
+        dtype = torch.int64 if name in INTEGER_STATISTICS else accumulation_dtype(logits.dtype)
         outputs.append(logits.new_empty(shape if wanted else (0,), dtype=dtype))
     outputs.append(logits.new_empty((*rows, saved_width(logits, logits.shape[dim])), dtype=torch.float64))
     return outputs
@@ -342,6 +364,7 @@ def _cross_entropy_op(
     logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *options, reduction, denominator = rest
+    target = target if target.dtype in CODES else target.contiguous()
     loss, saved, scale = cross_entropy(logits, target, weight, bias, Options(*options), reduction, denominator, True)
     assert saved is not None
     return loss, saved, as_tensor(scale)
@@ -363,8 +386,10 @@ def _cross_entropy_fake(
 
 def _row_gradient_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def op(*args: Any) -> Tensor:
-        saved, scale, *options = args[5:]
-        return function(*args[:5], saved.contiguous(), scale.item() if scale.is_cpu else scale, Options(*options))
+        upstream, logits, target, *parameters, saved, scale = args[:7]
+        target = target if target.dtype in CODES else target.contiguous()
+        factor = scale.item() if scale.is_cpu else scale
+        return function(upstream, logits, target, *parameters, saved.contiguous(), factor, Options(*args[7:]))
 
     return op
 

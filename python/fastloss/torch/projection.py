@@ -44,7 +44,8 @@ class Projection:
         self._all_tokens = hidden.shape[0]
         self._kept = kept
         self._hidden = hidden.contiguous() if kept is None else hidden.index_select(0, kept)
-        self._weight, self._bias, self._wanted = weight, bias, wanted
+        # oneDNN takes the bias by its pointer alone, whatever its strides.
+        self._weight, self._bias, self._wanted = weight, bias if bias is None else bias.contiguous(), wanted
         # Sums over chunks are those of the accumulation type, rounded with the last: one chunk needs none.
         sums = accumulation_dtype(weight.dtype)
         summed = wanted.weight and sums != weight.dtype
