@@ -78,6 +78,21 @@ def per_class(name: str, value: Tensor, logits: Tensor, dim: int) -> Tensor:
     return value.to(accumulation_dtype(logits.dtype)).contiguous()
 
 
+def divides_afterwards(denominator: float | Tensor, reduction: str) -> bool:
+    """Whether the sum is divided in a step of its own: by a tensor."""
+    if isinstance(denominator, Tensor):
+        _options.check_denominator_use(reduction)
+        if denominator.ndim != 0:
+            raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
+        return True
+    return False
+
+
+def divided(loss: Tensor, denominator: float | Tensor) -> Tensor:
+    """The sum by what divides it afterwards."""
+    return loss / (denominator.to(loss.dtype) if isinstance(denominator, Tensor) else denominator)
+
+
 def check_device(name: str, value: Tensor, logits: Tensor) -> None:
     """All tensors of a call live together."""
     if value.device != logits.device:

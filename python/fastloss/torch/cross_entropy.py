@@ -12,8 +12,8 @@ from torch.nn import _reduction as legacy
 
 from fastloss import _options
 from fastloss.torch import ops
-from fastloss.torch.arguments import check_logits, check_rows_target, per_class
-from fastloss.torch.autograd import CrossEntropy, CrossEntropyUnderTransforms, apply_cross_entropy
+from fastloss.torch.arguments import check_logits, check_rows_target, divided, divides_afterwards, per_class
+from fastloss.torch.autograd import apply_cross_entropy
 from fastloss.torch.ops import Options
 
 
@@ -102,28 +102,25 @@ def cross_entropy(
         weight = per_class("weight", weight, input, class_dim)
     if logit_bias is not None:
         logit_bias = per_class("logit_bias", logit_bias, input, class_dim)
-    divisor: Tensor | None = None
-    if isinstance(denominator, Tensor):
-        _options.check_denominator_use(reduction)
-        if denominator.ndim != 0:
-            raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
+    divisor: float | Tensor | None = None
+    if denominator is not None and divides_afterwards(denominator, reduction):
         divisor, denominator, reduction = denominator, None, "sum"
-    choices = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
+    choices: tuple[Any, ...] = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
     eager = ops.eager(input, target, weight, logit_bias)
     options = _remembered_options(*choices) if eager else _check_options(*choices)
     arguments = (input, target, weight, logit_bias, *options)
 
+    loss: Tensor
     if eager and not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-        loss: Tensor = ops.cross_entropy(*arguments, False)[0]
+        loss = ops.cross_entropy(*arguments, False)[0]
     elif eager:
         if inplace:
             _check_inplace(input)
         loss = apply_cross_entropy(*arguments, inplace)
-    elif torch.compiler.is_compiling():
-        loss = CrossEntropy.apply(*arguments, False)
     else:
-        loss = CrossEntropyUnderTransforms.apply(*arguments)[0]
-    return loss if divisor is None else loss / divisor.to(loss.dtype)
+        tensors, (of_rows, *of_loss) = arguments[:4], options
+        loss = torch.ops.fastloss.cross_entropy(*tensors, *of_rows, *of_loss)[0]
+    return loss if divisor is None else divided(loss, divisor)
 
 
 def _check_options(

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastloss import _options
 from fastloss._chunks import check_chunk_tokens
 from fastloss._options import STATISTICS, LogitStats
-from fastloss.torch import ops
-from fastloss.torch.arguments import per_class
+from fastloss.torch import linear_ops, ops
+from fastloss.torch.arguments import divided, divides_afterwards, per_class
 from fastloss.torch.linear_arguments import (
     check_factors,
     check_sparse,
@@ -25,16 +25,10 @@ from fastloss.torch.linear_arguments import (
     device_type,
     seed_tensor,
     split_places,
-    tensor_denominator,
     under_autocast,
 )
-from fastloss.torch.linear_autograd import (
-    LinearCrossEntropy,
-    LinearCrossEntropySampled,
-    LinearCrossEntropySparse,
-    LinearCrossEntropyUnderTransforms,
-    LinearStatistics,
-)
+from fastloss.torch.linear_autograd import LinearCrossEntropy, LinearCrossEntropySparse, wanted_of_operator
+from fastloss.torch.linear_operators import grouped
 from fastloss.torch.ops import CODES
 from fastloss.torch.projection import NOTHING
 
@@ -96,8 +90,9 @@ def linear_cross_entropy(
         denominator: number or 0-d tensor that divides the sum in place of the counted weights.
         backward: ``"exact"`` or ``"sampled"``.
         threshold: t in (0, 1], for the sampled backward.
-        seed: an int or a `torch.Generator`, for the sampled backward; by default a number drawn from PyTorch's generator.
-            Under `torch.vmap` a given one serves every sample; drawn ones follow its `randomness`.
+        seed: an int or a `torch.Generator`, for the sampled backward; by default a number drawn from PyTorch's generator, the
+            only one that `torch.compile` takes. Under `torch.vmap` a given one serves every sample; drawn ones follow its
+            `randomness`.
         sparse: for the sampled backward: the gradients by `linear_weight` ``(C, H)`` and `linear_bias` are sparse tensors with
             a row for each class that has an entry, sorted by class, as `torch.nn.Embedding` with ``sparse=True`` has them and
             `torch.optim.SparseAdam` and `torch.optim.SGD` take them. Each row has the bits of the dense gradient, which is not
@@ -137,6 +132,9 @@ def linear_cross_entropy(
     rows = input.shape[:-1]
     logits_shape = (*rows, linear_weight.shape[0])
     ids = check_target(input, target, logits_shape, ignore_index)
+    divisor: float | Tensor | None = None
+    if denominator is not None and divides_afterwards(denominator, reduction):
+        divisor, denominator, reduction = denominator, None, "sum"
     checked = _options.loss_options(
         -100 if ignore_index is None else ignore_index,
         reduction,
@@ -144,20 +142,19 @@ def linear_cross_entropy(
         z_loss,
         softcap,
         temperature,
-        None if isinstance(denominator, Tensor) else denominator,
+        denominator,
     )
-    divisor, code = tensor_denominator(denominator, reduction, checked.reduction)
     class_weight = None if weight is None else per_class("weight", weight, linear_weight, 0)
     logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, linear_weight, 0)
     chunk = chunk_size_of(chunk_tokens, options)
-    hidden, head, bias = under_autocast(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
-    ids = ids.reshape(-1) if ids.dtype not in CODES else ids.reshape(-1, ids.shape[-1])
+    hidden, head, bias = under_autocast(input.reshape(math.prod(rows), input.shape[-1]), linear_weight, linear_bias)
+    ids = ids.reshape(math.prod(rows)) if ids.dtype not in CODES else ids.reshape(math.prod(rows), ids.shape[-1])
     choices = (checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
-    arguments = (hidden, head, bias, chunk, ids, class_weight, logit_bias, *choices, code, checked.denominator)
+    arguments = (hidden, head, bias, chunk, ids, class_weight, logit_bias, *choices, checked.reduction, checked.denominator)
     loss = _run(arguments, _options.backward_code(backward), _options.threshold(threshold), seed, sparse)
     if divisor is not None:
-        loss = loss / divisor.to(loss.dtype)
-    return loss.reshape(rows) if code == _options.NONE else loss
+        loss = divided(loss, divisor)
+    return loss.reshape(rows) if checked.reduction == _options.NONE else loss
 
 
 def _with_further_dimensions(
@@ -171,28 +168,29 @@ def _with_further_dimensions(
 def _run(
     arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int | torch.Generator | None, sparse: bool
 ) -> Tensor:
-    hidden, head, bias, _, target, class_weight, logit_bias = arguments[:7]
-    tensors = (hidden, head, bias, target)
-    compiling = torch.compiler.is_compiling()
-    eager = not compiling and ops.eager(*tensors, class_weight, logit_bias)
-    needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    hidden, weight, bias, _, target, class_weight, logit_bias = arguments[:7]
+    tensors = (hidden, weight, bias, target)
+    eager = ops.eager(*tensors, class_weight, logit_bias)
+    # What is transformed may need gradients that it does not tell of.
+    needs = torch.is_grad_enabled() and (not eager or any(tensor is not None and tensor.requires_grad for tensor in tensors))
     loss: Tensor
     with torch.autocast(device_type(hidden), enabled=False):
-        if eager and not needs:
-            loss, *_ = torch.ops.fastloss.linear_cross_entropy(*arguments, *NOTHING)
-        elif sampled:
+        if needs and sampled:
             if target.requires_grad:
                 raise ValueError("target gets no gradient from backward='sampled': pass target.detach()")
             if sparse:
                 loss = LinearCrossEntropySparse.apply(*arguments, threshold, seed_tensor(seed, hidden.device))
             else:
-                loss = LinearCrossEntropySampled.apply(*arguments, threshold, seed_tensor(seed, hidden.device))[0]
-        elif eager:
+                sample = (threshold, seed_tensor(seed, hidden.device))
+                loss = torch.ops.fastloss.linear_cross_entropy_sampled(*arguments, *sample)[0]
+        elif needs and eager:
             loss = LinearCrossEntropy.apply(*arguments)
+        elif eager:
+            head, task, reduction, denominator = grouped(arguments)
+            loss = linear_ops.cross_entropy(head, task, reduction, denominator, NOTHING)[0].loss
         else:
-            # Under torch.func nobody tells which gradients will be asked for.
-            wanted = tuple(f is not None and (f.requires_grad or not compiling) for f in (hidden, head, bias))
-            loss = LinearCrossEntropyUnderTransforms.apply(*arguments, wanted)[0]
+            wanted = wanted_of_operator(hidden, weight, bias, arguments[-2])
+            loss = torch.ops.fastloss.linear_cross_entropy(*arguments, *wanted)[0]
     return loss
 
 
@@ -251,9 +249,9 @@ def linear_logit_stats(
     logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, weight, 0)
     wanted = tuple(name in names or (name == "argmax" and "max_prob" in names) for name in STATISTICS)
     chunk = None if chunk_tokens is None else check_chunk_tokens(chunk_tokens)
-    factors = under_autocast(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    factors = under_autocast(hidden.reshape(math.prod(rows), hidden.shape[-1]), weight, bias)
     with torch.autocast(device_type(hidden), enabled=False):
-        outputs = LinearStatistics.apply(*factors, chunk, ids, logit_bias, cap, heat, wanted)
+        outputs = torch.ops.fastloss.linear_statistics(*factors, chunk, ids, logit_bias, cap, heat, wanted)
     found = {}
     for name, out in zip(STATISTICS, outputs, strict=False):
         if name in names:

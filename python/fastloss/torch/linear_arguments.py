@@ -94,17 +94,7 @@ def check_statistics_ids(target: Tensor, hidden: Tensor, classes: int) -> Tensor
         raise TypeError(f"target must hold integer class ids, got {str(target.dtype).removeprefix('torch.')}")
     _options.ids_per_row(target.shape, (*rows, classes), len(rows), "target", "the logits")
     many = target.ndim > len(rows)
-    return as_class_ids(target).reshape((-1, target.shape[-1]) if many else (-1,))
-
-
-def tensor_denominator(denominator: float | Tensor | None, reduction: str, code: int) -> tuple[Tensor | None, int]:
-    """A denominator that is a tensor divides the sum afterwards."""
-    if not isinstance(denominator, Tensor):
-        return None, code
-    _options.check_denominator_use(reduction)
-    if denominator.ndim != 0:
-        raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
-    return denominator, _options.SUM
+    return as_class_ids(target).reshape((math.prod(rows), target.shape[-1]) if many else (math.prod(rows),))
 
 
 def seed_tensor(seed: object, device: torch.device) -> Tensor:

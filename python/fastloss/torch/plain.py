@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses as plain differentiable PyTorch: second derivatives go through here, and nothing else does."""
+"""The losses as plain differentiable PyTorch: correct, and slower, with all logits in memory several times.
+
+Second derivatives go through here, and nothing else does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +41,37 @@ def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tens
     return torch.where(counts, losses, 0)
 
 
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int) -> Tensor:
+    """The logits of all tokens."""
+    return torch.nn.functional.linear(hidden, weight, bias)
+
+
+def scaled_losses(
+    tensors: Sequence[Any], places: Sequence[int], bias: Tensor | None, scale: Tensor, options: Options
+) -> Callable[..., Tensor]:
+    """The loss of each row times a factor, as a function of those of (logits, target, weight) at these places."""
+
+    def losses(*variables: Tensor) -> Tensor:
+        given = list(tensors)
+        for place, variable in zip(places, variables, strict=True):
+            given[place] = variable
+        logits, target, weight = given
+        rows = row_losses(logits, target, weight, bias, options)
+        scaled: Tensor = rows * scale.to(rows.dtype)
+        return scaled
+
+    return losses
+
+
+def denominators(rows: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What each row adds to the denominator of the mean."""
+    if target.dtype in CODES:
+        return torch.ones_like(rows, dtype=torch.float64)
+    counts = target != ignore_index
+    weights = counts.to(torch.float64)
+    return weights if weight is None else weights * weight.to(torch.float64)[torch.where(counts, target, 0).long()]
+
+
 def statistics(
     logits: Tensor,
     target: Tensor | None,
@@ -45,7 +79,7 @@ def statistics(
     dim: int,
     softcap: float,
     temperature: float,
-    want: list[bool],
+    want: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """The wanted ones of the six differentiable statistics, in the order of LogitStats."""
     z = transformed(logits, dim, softcap, temperature, bias)

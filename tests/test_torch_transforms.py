@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All functions of `fastloss.torch` under `torch.func`, `vmap`, `torch.compile`, `torch.jit.trace` and forward mode."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.nn import functional as F  # noqa: E402
+
+import fastloss.torch as fl  # noqa: E402
+from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
+
+pytestmark = [
+    # torch.compile and forward mode use what PyTorch itself has deprecated.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("device", "compiled_afresh"),
+]
+
+TOKENS, CLASSES, FEATURES = 4, 5, 3
+FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
+BACKENDS = ("eager", "aot_eager", "inductor")
+
+
+@pytest.fixture
+def compiled_afresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+HEAD = seeded(CLASSES, FEATURES, seed=1, scale=1.0)
+PROBABILITIES = seeded_probabilities(TOKENS, CLASSES)
+CLASS_WEIGHT = seeded(CLASSES, seed=3).abs()
+
+
+def linear(hidden, ids=None, **options):
+    target = PROBABILITIES.to(hidden.device) if ids is None else ids
+    return fl.linear_cross_entropy(hidden, HEAD.to(hidden.device), target, **options)
+
+
+def plain_linear(hidden, ids=None, **options):
+    target = PROBABILITIES.to(hidden.device) if ids is None else ids
+    return F.cross_entropy(F.linear(hidden, HEAD.to(hidden.device)), target, **options)
+
+
+def log_probability(logits, ids):
+    return torch.log_softmax(logits, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(logits):
+    log_p = torch.log_softmax(logits, -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+# Name: number of features, our function of rows and class ids, and what it is in PyTorch.
+NONE = {"reduction": "none"}
+SAMPLED = {"backward": "sampled", "threshold": 1e-12, "seed": 1}  # leaves nothing out
+FUNCTIONS = {
+    "cross_entropy": (CLASSES, fl.cross_entropy, F.cross_entropy),
+    "rows": (CLASSES, lambda x, y: fl.cross_entropy(x, y, **NONE), lambda x, y: F.cross_entropy(x, y, **NONE)),
+    "selective_log_softmax": (CLASSES, fl.selective_log_softmax, log_probability),
+    "entropy_from_logits": (CLASSES, lambda x, y: fl.entropy_from_logits(x), lambda x, y: entropy(x)),
+    "linear": (FEATURES, linear, plain_linear),
+    "linear tokens": (FEATURES, lambda h, y: linear(h, y, **NONE), lambda h, y: plain_linear(h, y, **NONE)),
+    "linear sampled": (FEATURES, lambda h, y: linear(h, y, **SAMPLED), plain_linear),
+    "linear soft": (FEATURES, lambda h, y: linear(h), lambda h, y: plain_linear(h)),
+    "linear_logit_stats": (
+        FEATURES,
+        lambda h, y: fl.linear_logit_stats(h, HEAD.to(h.device), y).logprob,
+        lambda h, y: log_probability(F.linear(h, HEAD.to(h.device)), y),
+    ),
+}
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def example(name):
+    features, ours, theirs = FUNCTIONS[name]
+    return ours, theirs, seeded(TOKENS, features), seeded_ids(CLASSES, TOKENS)
+
+
+# ---- torch.func, and torch.compile around it ----
+
+
+def gradient(function):
+    return torch.func.grad(lambda x, y: function(x, y).sum())
+
+
+TRANSFORMS = {
+    "grad": gradient,
+    "grad_and_value": lambda f: torch.func.grad_and_value(lambda x, y: f(x, y).sum()),
+    "vjp": lambda f: lambda x, y: torch.func.vjp(lambda x: f(x, y).square(), x)[1](2 * f(x, y))[0],
+    "grad of grad": lambda f: torch.func.grad(lambda x, y: gradient(f)(x, y).square().sum()),
+    "vmap": lambda f: lambda x, y: torch.vmap(f, (0, None))(torch.stack([x, 2 * x]), y),
+    "vmap of grad": lambda f: lambda x, y: torch.vmap(gradient(f), (0, None))(torch.stack([x, 2 * x]), y),
+    "grad of vmap": lambda f: gradient(lambda x, y: torch.vmap(f, (0, None))(torch.stack([x, 2 * x]), y)),
+}
+
+
+@each_function
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_functional_transforms(transform, name):
+    ours, theirs, x, y = example(name)
+    actual, expected = (TRANSFORMS[transform](function)(x, y) for function in (ours, theirs))
+    torch.testing.assert_close(actual, expected, **FLOAT64)
+
+
+@each_function
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_compiled_functional_transforms(transform, name):
+    if name == "linear sampled" and "vmap" in transform:
+        pytest.skip("a compiled graph does not know how many entries a sample has")
+    ours, theirs, x, y = example(name)
+    actual = compiled(TRANSFORMS[transform](ours))(x, y)
+    torch.testing.assert_close(actual, TRANSFORMS[transform](theirs)(x, y), **FLOAT64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_backend_compiles_gradients_of_samples(backend):
+    x, y, w = seeded(3, TOKENS, FEATURES), seeded_ids(CLASSES, 3, TOKENS), seeded(FEATURES, CLASSES)
+
+    def of_samples(function):
+        return torch.vmap(torch.func.grad(lambda w, x, y: function(x @ w, y)), (None, 0, 0))
+
+    actual = compiled(of_samples(fl.cross_entropy), backend)(w, x, y)
+    torch.testing.assert_close(actual, of_samples(F.cross_entropy)(w, x, y), **FLOAT64)
+
+
+@each_function
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda mode: mode.__name__)
+def test_compiled_without_gradients(mode, name):
+    ours, theirs, x, y = example(name)
+    with mode():
+        for backend in ("eager", "aot_eager"):
+            torch.testing.assert_close(compiled(ours, backend)(x, y), theirs(x, y), **FLOAT64)
+
+
+def test_a_compiled_module_without_gradients_gives_the_loss():
+    module = fl.LinearCrossEntropyLoss(FEATURES, CLASSES, dtype=torch.float64)
+    _, _, x, y = example("linear")
+    with torch.no_grad():
+        assert same_bits(compiled(module, "eager")(x, y), module(x, y))
+
+
+# ---- vmap ----
+
+
+def weighted(function):
+    return lambda x, y: function(x, y, weight=CLASS_WEIGHT.to(x.device))
+
+
+SAMPLES = {
+    "mean": lambda function: function,
+    "sum": lambda function: lambda x, y: function(x, y, reduction="sum"),
+    "none": lambda function: lambda x, y: function(x, y, reduction="none"),
+    "weight": weighted,
+}
+
+
+@pytest.mark.parametrize("kind", ["ids", "soft"])
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_vmap_over_single_rows(sample, kind):
+    x, y = seeded(TOKENS, CLASSES), seeded_probabilities(TOKENS, CLASSES) if kind == "soft" else seeded_ids(CLASSES, TOKENS)
+    for transform in (torch.vmap, lambda f: torch.vmap(torch.func.grad(f))):
+        actual, expected = (transform(SAMPLES[sample](function))(x, y) for function in (fl.cross_entropy, F.cross_entropy))
+        torch.testing.assert_close(actual, expected, **FLOAT64)
+
+
+@each_function
+def test_vmap_over_no_samples(name):
+    ours, theirs, x, y = example(name)
+    x, y = torch.stack([x])[:0], torch.stack([y])[:0]
+    torch.testing.assert_close(torch.vmap(ours)(x, y), torch.vmap(theirs)(x, y), check_dtype=False)
+    torch.testing.assert_close(torch.vmap(gradient(ours))(x, y), x)
+
+
+@pytest.mark.parametrize("argument", ["weight", "logit_bias"])
+def test_vmap_over_class_weights_and_biases_is_a_loop(argument):
+    x, y, values = seeded(TOKENS, CLASSES), seeded_ids(CLASSES, TOKENS), seeded(3, CLASSES, seed=3).abs()
+
+    def loss(x, value):
+        return fl.cross_entropy(x, y, **{argument: value})
+
+    for function in (loss, torch.func.grad(loss)):
+        actual = torch.vmap(function, (None, 0))(x, values)
+        torch.testing.assert_close(actual, torch.stack([function(x, value) for value in values]), **FLOAT64)
+
+
+def test_vmap_over_biases_of_statistics_is_a_loop():
+    x, y, values = seeded(TOKENS, CLASSES), seeded_ids(CLASSES, TOKENS), seeded(3, CLASSES, seed=3)
+
+    def total(x, value):
+        return fl.logit_stats(x, y, bias=value).logprob.sum()
+
+    for function in (total, torch.func.grad(total)):
+        actual = torch.vmap(function, (None, 0))(x, values)
+        torch.testing.assert_close(actual, torch.stack([function(x, value) for value in values]), **FLOAT64)
+
+
+@each_function
+def test_batched_upstream_gradients(name):
+    results = []
+    ours, theirs, x, y = example(name)
+    for function in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, y)
+        results.append(torch.autograd.grad(loss, leaf, seeded(3, *loss.shape), is_grads_batched=True)[0])
+    torch.testing.assert_close(*results, **FLOAT64)
+
+
+# ---- gradients that forward makes ----
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25, 0.3])
+def test_transformed_gradients_of_bfloat16_are_rounded_once(upstream):
+    hidden, weight = (seeded(*shape, scale=1.0, dtype=torch.bfloat16) for shape in ((40, 16), (60, 16)))
+    target = seeded_ids(60, 40)
+
+    def loss(hidden, weight, reduction="mean"):
+        losses = fl.linear_cross_entropy(hidden, weight, target, reduction=reduction, chunk_tokens=40)
+        return upstream * (losses.sum() / 40 if reduction == "none" else losses)
+
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    grads = torch.autograd.grad(loss(*leaves), leaves)
+    others = (
+        torch.func.grad(loss, (0, 1))(hidden.detach(), weight.detach()),
+        torch.autograd.grad(compiled(loss)(*leaves), leaves),
+    )
+    if hidden.is_cuda:
+        pytest.skip("a GPU scales the gradients of 16 bits that forward has made")
+    for one, other in ((one, other) for made in others for one, other in zip(grads, made, strict=True)):
+        assert same_bits(one, other)
