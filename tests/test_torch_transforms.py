@@ -5,6 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.autograd import forward_ad  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import fastloss.torch as fl  # noqa: E402
@@ -209,6 +210,77 @@ def test_batched_upstream_gradients(name):
         loss = function(leaf, y)
         results.append(torch.autograd.grad(loss, leaf, seeded(3, *loss.shape), is_grads_batched=True)[0])
     torch.testing.assert_close(*results, **FLOAT64)
+
+
+# ---- torch.jit.trace and forward mode ----
+
+
+@each_function
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_function_computes_its_own_inputs(name):
+    ours, theirs, x, y = example(name)
+    traced = torch.jit.trace(ours, (x + 1, y), check_trace=False)
+    torch.testing.assert_close(traced(x, y), theirs(x, y), **FLOAT64)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(traced(leaf, y).sum(), leaf)
+    torch.testing.assert_close(grad, gradient(theirs)(x, y), **FLOAT64)
+
+
+@each_function
+def test_tangents_of_dual_tensors(name):
+    ours, theirs, x, y = example(name)
+    tangents = []
+    for function in (ours, theirs):
+        with forward_ad.dual_level():
+            loss = function(forward_ad.make_dual(x, seeded(*x.shape, seed=9)), y)
+            tangents.append(forward_ad.unpack_dual(loss).tangent)
+    torch.testing.assert_close(*tangents, **FLOAT64)
+
+
+@each_function
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+def test_jvp_and_hessian(compiling, name):
+    ours, theirs, x, y = example(name)
+    tangent = seeded(*x.shape, seed=9)
+    for transform in (
+        lambda f: lambda x: torch.func.jvp(lambda x: f(x, y), (x,), (tangent,)),
+        lambda f: torch.func.hessian(lambda x: f(x, y)),
+    ):
+        actual = compiled(transform(ours)) if compiling else transform(ours)
+        torch.testing.assert_close(actual(x), transform(theirs)(x), **FLOAT64)
+
+
+def test_forward_mode_of_every_option_and_statistic():
+    x, y = seeded(TOKENS, CLASSES), seeded_ids(CLASSES, TOKENS)
+    y[1] = -100
+    options = {"weight": seeded(CLASSES, seed=3).abs(), "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 3.0}
+    statistics = ("logprob", "logsumexp", "entropy", "mean_logit", "sum_sq_prob", "max_prob", "argmax", "rank")
+
+    def loss(x):
+        return fl.cross_entropy(x, y, **options)
+
+    def stats(x):
+        return tuple(fl.logit_stats(x, y.clamp(min=0), want=statistics, temperature=0.7))
+
+    for function in (loss, stats):
+        value, tangent = torch.func.jvp(function, (x,), (seeded(*x.shape, seed=9),))
+        torch.testing.assert_close(value, function(x), **FLOAT64)
+        number = None if torch.is_tensor(value) else 6
+        rows, back = torch.func.vjp(lambda x, f=function, n=number: f(x) if n is None else f(x)[:n], x)
+        cotangent = torch.ones_like(rows) if number is None else tuple(map(torch.ones_like, rows))
+        forward = tangent if number is None else sum(part.sum() for part in tangent[:number])
+        torch.testing.assert_close(forward, (back(cotangent)[0] * seeded(*x.shape, seed=9)).sum(), **FLOAT64)
+
+
+def test_a_backward_with_a_tangent_raises():
+    leaf = seeded(TOKENS, CLASSES).requires_grad_()
+    loss = fl.cross_entropy(leaf, seeded_ids(CLASSES, TOKENS))
+    one = torch.ones_like(loss)
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="cross_entropy_backward has no derivative"),
+    ):
+        torch.autograd.grad(loss, leaf, forward_ad.make_dual(one, one))
 
 
 # ---- gradients that forward makes ----

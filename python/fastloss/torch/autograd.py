@@ -65,7 +65,7 @@ class CrossEntropy(Function):
             raise RuntimeError(
                 "inplace=True overwrites the logits, so the gradient cannot be differentiated (create_graph=True)"
             )
-        if differentiated or ops.is_batched_by_autograd(upstream):
+        if differentiated or ops.is_batched_by_autograd(upstream) or ops.forward_mode():
             tensors = (logits, target, weight, bias, saved, as_tensor(ctx.scale))
             return *_gradients(upstream, tensors, ctx.options, ctx.needs_input_grad), *[None] * 4
         arguments = (upstream, logits, target, weight, bias, saved, ctx.scale, ctx.options)
@@ -121,12 +121,15 @@ def give_derivative(
         grads = () if upstreams[0] is None else backward(ctx, *upstreams)
         return *grads, *[None] * (count - len(grads))
 
-    methods = {"forward": forward, "backward": padded_backward}
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"{name} has no derivative in forward mode: take that of the loss, not of a backward")
+
+    methods = {"forward": forward, "backward": padded_backward, "jvp": jvp}
     function: Any = type(f"fastloss_{name}_", (_SingleLevelFunction,), {n: staticmethod(f) for n, f in methods.items()})
     apply = function.apply
 
     def differentiable(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        if ops.forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             if not ops.functorch_active():
                 return apply(*inputs)
             with enable_single_level_autograd_function():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import _reduction as legacy
 
 from fastloss import _options
-from fastloss.torch import ops
+from fastloss.torch import ops, plain
 from fastloss.torch.arguments import check_logits, check_rows_target, divided, divides_afterwards, per_class
 from fastloss.torch.autograd import apply_cross_entropy
 from fastloss.torch.ops import Options
@@ -117,6 +117,8 @@ def cross_entropy(
         if inplace:
             _check_inplace(input)
         loss = apply_cross_entropy(*arguments, inplace)
+    elif ops.forward_mode():
+        loss = plain.cross_entropy(*arguments)
     else:
         tensors, (of_rows, *of_loss) = arguments[:4], options
         loss = torch.ops.fastloss.cross_entropy(*tensors, *of_rows, *of_loss)[0]

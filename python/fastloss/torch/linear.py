@@ -13,7 +13,7 @@ from torch import Tensor
 from fastloss import _options
 from fastloss._chunks import check_chunk_tokens
 from fastloss._options import STATISTICS, LogitStats
-from fastloss.torch import linear_ops, ops
+from fastloss.torch import linear_ops, ops, plain
 from fastloss.torch.arguments import divided, divides_afterwards, per_class
 from fastloss.torch.linear_arguments import (
     check_factors,
@@ -175,7 +175,9 @@ def _run(
     needs = torch.is_grad_enabled() and (not eager or any(tensor is not None and tensor.requires_grad for tensor in tensors))
     loss: Tensor
     with torch.autocast(device_type(hidden), enabled=False):
-        if needs and sampled:
+        if ops.forward_mode():
+            loss = _plain(arguments)
+        elif needs and sampled:
             if target.requires_grad:
                 raise ValueError("target gets no gradient from backward='sampled': pass target.detach()")
             if sparse:
@@ -192,6 +194,13 @@ def _run(
             wanted = wanted_of_operator(hidden, weight, bias, arguments[-2])
             loss = torch.ops.fastloss.linear_cross_entropy(*arguments, *wanted)[0]
     return loss
+
+
+def _plain(arguments: tuple[Any, ...]) -> Tensor:
+    (hidden, head, bias, _), task, reduction, denominator = grouped(arguments)
+    logits = plain.linear(hidden, head, bias, task.target, task.options.ignore_index)
+    rest = (task.target, task.class_weight, task.logit_bias, task.options, reduction, denominator)
+    return plain.cross_entropy(logits, *rest)
 
 
 def linear_logit_stats(
@@ -251,7 +260,10 @@ def linear_logit_stats(
     chunk = None if chunk_tokens is None else check_chunk_tokens(chunk_tokens)
     factors = under_autocast(hidden.reshape(math.prod(rows), hidden.shape[-1]), weight, bias)
     with torch.autocast(device_type(hidden), enabled=False):
-        outputs = torch.ops.fastloss.linear_statistics(*factors, chunk, ids, logit_bias, cap, heat, wanted)
+        if ops.forward_mode():
+            outputs = plain.all_statistics(torch.nn.functional.linear(*factors), ids, logit_bias, 1, cap, heat, wanted)
+        else:
+            outputs = torch.ops.fastloss.linear_statistics(*factors, chunk, ids, logit_bias, cap, heat, wanted)
     found = {}
     for name, out in zip(STATISTICS, outputs, strict=False):
         if name in names:

@@ -99,7 +99,7 @@ class LinearCrossEntropy(Function):
         """Hands out the gradients, times the upstream gradient."""
         arguments, (saved,) = _saved(ctx)
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream):
+        if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream) or ops.forward_mode():
             return *_gradients(upstream, arguments[:_INPUTS], as_tensor(ctx.scale), saved, needs), None, None
         wanted, (head, task, *_) = _wanted(needs), grouped(arguments)
         by_target = None

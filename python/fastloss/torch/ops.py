@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastloss import _cpu
 from fastloss._options import NONE, RECYCLED_FROM, row_shape
@@ -32,6 +33,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 _is_compiling = torch.compiler.is_compiling
 functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_tracing_state = torch._C._get_tracing_state
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 CPU = torch.device("cpu")
 _SCALAR = {dtype: torch.empty((), dtype=accumulation_dtype(dtype), device=CPU) for dtype in CODES}
@@ -56,7 +58,13 @@ def eager(*tensors: Tensor | None) -> bool:
 
     They share a device; the first is not None.
     """
-    if _is_compiling() or functorch_active() or _dispatch_modes():
+    if (
+        _is_compiling()
+        or functorch_active()
+        or _dispatch_modes()
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
         return False
     first = tensors[0]
     if first is None or not (first.is_cpu or first.is_cuda):
@@ -67,6 +75,12 @@ def eager(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _TENSORS or tensor.is_neg():
             return False
     return True
+
+
+def forward_mode() -> bool:
+    """Whether tensors may have tangents, which no kernel sees."""
+    level: int = forward_ad._current_level
+    return level >= 0
 
 
 def gpu() -> ModuleType:

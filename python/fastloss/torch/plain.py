@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as plain differentiable PyTorch: correct, and slower, with all logits in memory several times.
 
-Second derivatives go through here, and nothing else does.
+Second derivatives go through here, and forward mode; nothing else does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss._options import MEAN, NONE
 from fastloss.torch.ops import CODES, Options, accumulation_dtype
 
 
@@ -63,6 +64,25 @@ def scaled_losses(
     return losses
 
 
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+    reduction: int,
+    denominator: float | None,
+) -> Tensor:
+    """The loss."""
+    rows = row_losses(logits, target, weight, bias, options)
+    if reduction == NONE:
+        return rows
+    total = rows.to(torch.float64).sum()
+    if reduction == MEAN:
+        total = total / (denominators(rows, target, weight, options.ignore_index).sum() if denominator is None else denominator)
+    return total.to(rows.dtype)
+
+
 def denominators(rows: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """What each row adds to the denominator of the mean."""
     if target.dtype in CODES:
@@ -101,6 +121,14 @@ def statistics(
         lambda: p.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1),
     ]
     return tuple(formula() for formula, wanted in zip(formulas, want, strict=False) if wanted)
+
+
+def all_statistics(logits: Tensor, target: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """The outputs of the operator, those that are differentiable from their formulas."""
+    found = iter(statistics(logits, target, bias, *rest))
+    outputs = torch.ops.fastloss.statistics(logits.detach(), target, bias, *rest)
+    differentiable = [next(found) if wanted else out for out, wanted in zip(outputs[:6], rest[-1], strict=False)]
+    return *differentiable, *outputs[6:]
 
 
 def vjp_of_vjp(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastloss import _options
 from fastloss._options import STATISTICS, LogitStats
-from fastloss.torch import ops
+from fastloss.torch import ops, plain
 from fastloss.torch.arguments import as_class_ids, check_device, check_logits, per_class
 
 
@@ -70,6 +70,8 @@ def logit_stats(
     outputs: Sequence[Tensor]
     if ops.eager(logits, ids, bias) and not (torch.is_grad_enabled() and logits.requires_grad):
         outputs = ops.statistics(*arguments)
+    elif ops.forward_mode():
+        outputs = plain.all_statistics(*arguments)
     else:
         outputs = torch.ops.fastloss.statistics(*arguments)
     return LogitStats(**{name: out for name, out in zip(STATISTICS, outputs, strict=False) if name in names})
