@@ -283,6 +283,44 @@ def test_a_backward_with_a_tangent_raises():
         torch.autograd.grad(loss, leaf, forward_ad.make_dual(one, one))
 
 
+# ---- class weights that need gradients ----
+
+
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"label_smoothing": 0.2, "reduction": "none"}], ids=str)
+def test_class_weights_of_probabilities_get_their_gradients(options, compiling):
+    results = []
+    for function in (fl.cross_entropy, F.cross_entropy):
+        values = (seeded(TOKENS, CLASSES), seeded_probabilities(TOKENS, CLASSES), seeded(CLASSES, seed=3).abs())
+        variables = [value.requires_grad_() for value in values]
+
+        def loss(*variables, function=function):
+            return function(*variables, **options)
+
+        value = (compiled(loss) if compiling and function is fl.cross_entropy else loss)(*variables)
+        grads = torch.autograd.grad(value.square().sum(), variables, create_graph=not compiling)
+        again = () if compiling else torch.autograd.grad(sum(g.square().sum() for g in grads), variables)
+        results.append((value, *grads, *again))
+    torch.testing.assert_close(*results, **FLOAT64)
+
+
+def test_class_weights_under_torch_func():
+    x, q, values = seeded(TOKENS, CLASSES), seeded_probabilities(TOKENS, CLASSES), seeded(3, CLASSES, seed=3).abs()
+    for transform in (
+        lambda f: torch.vmap(torch.func.grad(lambda w: f(x, q, w))),
+        lambda f: torch.func.grad(lambda w: torch.vmap(lambda w: f(x, q, w))(w).sum()),
+    ):
+        torch.testing.assert_close(transform(fl.cross_entropy)(values), transform(F.cross_entropy)(values), **FLOAT64)
+
+
+def test_class_weights_of_class_ids_get_none():
+    x, y, values = seeded(TOKENS, CLASSES), seeded_ids(CLASSES, TOKENS), seeded(3, CLASSES, seed=3).abs()
+    with pytest.raises(ValueError, match="weight gets no gradient"):
+        fl.cross_entropy(x, y, values[0].clone().requires_grad_())
+    with pytest.raises(ValueError, match="weight gets no gradient"):
+        torch.func.grad(lambda w: torch.vmap(lambda w: fl.cross_entropy(x, y, w))(w).sum())(values)
+
+
 # ---- gradients that forward makes ----
 
 

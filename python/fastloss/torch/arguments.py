@@ -65,15 +65,15 @@ def as_class_ids(target: Tensor) -> Tensor:
     return target.contiguous()
 
 
-def per_class(name: str, value: Tensor, logits: Tensor, dim: int) -> Tensor:
-    """One number a class, in the accumulation type."""
+def per_class(name: str, value: Tensor, logits: Tensor, dim: int, constant: bool = True) -> Tensor:
+    """One number a class, in the accumulation type; a constant, unless there is a gradient for it."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     _options.check_per_class(value.shape, logits.shape[dim], name)
     if value.dtype not in CODES:
         raise TypeError(f"{name} must be of a floating-point dtype, got {_kind(value)}")
     check_device(name, value, logits)
-    if value.requires_grad and torch.is_grad_enabled():
+    if constant and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} gets no gradient from this loss: pass {name}.detach()")
     return value.to(accumulation_dtype(logits.dtype)).contiguous()
 

@@ -24,7 +24,7 @@ from fastloss.torch import (
 )
 from fastloss.torch.ahead import expectation
 from fastloss.torch.operators import DIFFERENTIABLE, LIBRARY, as_tensor
-from fastloss.torch.ops import Options
+from fastloss.torch.ops import CODES, Options
 
 LOGITS, TARGET, WEIGHT, BIAS = range(4)
 
@@ -152,17 +152,28 @@ def _loss_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Sequence[Tensor | 
 
 
 def _gradients(upstream: Tensor, tensors: Sequence[Any], options: Options, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """By logits and target, as functions that can be differentiated again."""
-    by_logits = by_target = None
+    """By logits, target and class weights, as functions that can be differentiated again."""
+    by_logits = by_target = by_weight = None
     if needs[LOGITS]:
         by_logits = torch.ops.fastloss.cross_entropy_backward(upstream, *tensors, *options)
     if needs[TARGET]:
         by_target = torch.ops.fastloss.soft_target_gradient(upstream, *tensors, *options)
     if needs[WEIGHT]:
-        raise ValueError("weight gets no gradient from this loss: pass weight.detach()")
+        by_weight = _weight_gradient(upstream, tensors, options)
     if needs[BIAS]:
         raise ValueError("logit_bias gets no gradient from this loss: pass logit_bias.detach()")
-    return by_logits, by_target, None, None
+    return by_logits, by_target, by_weight, None
+
+
+def _weight_gradient(upstream: Tensor, tensors: Sequence[Any], options: Options) -> Tensor:
+    """The plain formula: correct, and slower."""
+    logits, target, weight, bias, _, scale = tensors
+    if target.dtype not in CODES:
+        raise ValueError("weight gets no gradient from this loss of class ids: pass weight.detach()")
+    losses = plain.scaled_losses((logits, target, weight), (WEIGHT,), bias, scale, options)
+    of_rows = upstream.expand(row_shape(logits.shape, options.dim))
+    grad: Tensor = torch.func.vjp(losses, weight)[1](of_rows)[0]
+    return grad
 
 
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -176,7 +187,7 @@ def _gradient_backward(by: int) -> Callable[..., Sequence[Tensor | None]]:
         """The plain formula: correct, and slower."""
         upstream, *tensors, bias, scale = ctx.saved_tensors
         logits, options = tensors[LOGITS], ctx.options
-        places = tuple(place for place in (LOGITS, TARGET) if place == by or ctx.needs_input_grad[1 + place])
+        places = tuple(place for place in (LOGITS, TARGET, WEIGHT) if place == by or ctx.needs_input_grad[1 + place])
         losses = plain.scaled_losses(tensors, places, bias, scale, options)
         variables = tuple(tensors[place] for place in places)
         cotangents = tuple(cotangent if place == by else None for place in places)

@@ -47,15 +47,16 @@ def cross_entropy(
     trip, in memory of its own, times the upstream gradient that the last backward brought (1 at first). Where backward brings
     another one, and where forward made no gradient (``"none"``, `inplace`, under `torch.compile`, `torch.func`, checkpointing
     or offloading, while another loss waits for its backward, after an upstream gradient that was new or never came), backward
-    reads the logits once more and writes the gradient: the same bits. Under `torch.compile` and `torch.func`, `inplace` has no
-    effect.
+    reads the logits once more and writes the gradient: the same bits. Under `torch.compile` and `torch.func`, and with a weight
+    that needs a gradient, `inplace` has no effect.
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, or any shape with `dim`; float32, float64, float16 or
             bfloat16, any strides.
         target: class ids, of any integer dtype, in the shape of the logits without the class dimension; or probabilities in
             the shape of the logits, which may need gradients.
-        weight: class weights, shape ``(C)``; a constant.
+        weight: class weights, shape ``(C)``. With probabilities it may need a gradient, which goes through a plain PyTorch
+            formula: right, and slower; with class ids it is a constant.
         size_average: deprecated by PyTorch, see `reduction`.
         ignore_index: rows with this id count nothing and get a zero gradient.
         reduce: deprecated by PyTorch, see `reduction`.
@@ -99,14 +100,14 @@ def cross_entropy(
     class_dim = _options.class_axis(dim, input.shape, "dim", "input")
     target = check_rows_target(input, target, class_dim)
     if weight is not None:
-        weight = per_class("weight", weight, input, class_dim)
+        weight = per_class("weight", weight, input, class_dim, constant=target.dtype not in ops.CODES)
     if logit_bias is not None:
         logit_bias = per_class("logit_bias", logit_bias, input, class_dim)
     divisor: float | Tensor | None = None
     if denominator is not None and divides_afterwards(denominator, reduction):
         divisor, denominator, reduction = denominator, None, "sum"
     choices: tuple[Any, ...] = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
-    eager = ops.eager(input, target, weight, logit_bias)
+    eager = ops.eager(input, target, weight, logit_bias) and not (weight is not None and weight.requires_grad)
     options = _remembered_options(*choices) if eager else _check_options(*choices)
     arguments = (input, target, weight, logit_bias, *options)
 

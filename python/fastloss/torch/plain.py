@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as plain differentiable PyTorch: correct, and slower, with all logits in memory several times.
 
-Second derivatives go through here, and forward mode; nothing else does.
+Second derivatives go through here, forward mode, and gradients by class weights; nothing else does.
 """
 
 from __future__ import annotations
