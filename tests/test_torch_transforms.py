@@ -321,6 +321,29 @@ def test_class_weights_of_class_ids_get_none():
         torch.func.grad(lambda w: torch.vmap(lambda w: fl.cross_entropy(x, y, w))(w).sum())(values)
 
 
+# ---- denominators that torch.compile does not know ----
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear"])
+def test_compiled_with_numbers_that_change(name):
+    _, _, x, y = example(name)
+
+    def loss(x, y, denominator):
+        return (linear if name == "linear" else fl.cross_entropy)(x, y, denominator=denominator)
+
+    function = compiled(loss)
+    for denominator in (3.0, 4.0, 7.0):
+        torch.testing.assert_close(function(x, y, denominator), loss(x, y, denominator), **FLOAT64)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        function = compiled(lambda x, y, denominator: loss(x, y, denominator.item()))
+        for denominator in (3.0, 4.0):
+            actual = function(x, y, torch.tensor(denominator, dtype=torch.float64))
+            torch.testing.assert_close(actual, loss(x, y, denominator), **FLOAT64)
+        with pytest.raises(RuntimeError):
+            function(x, y, torch.tensor(-1.0, dtype=torch.float64))
+
+
 # ---- gradients that forward makes ----
 
 

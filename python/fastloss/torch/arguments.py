@@ -79,13 +79,17 @@ def per_class(name: str, value: Tensor, logits: Tensor, dim: int, constant: bool
 
 
 def divides_afterwards(denominator: float | Tensor, reduction: str) -> bool:
-    """Whether the sum is divided in a step of its own: by a tensor."""
+    """Whether the sum is divided in a step of its own: by a tensor, and by a number that a compiled graph may not know yet."""
     if isinstance(denominator, Tensor):
         _options.check_denominator_use(reduction)
         if denominator.ndim != 0:
             raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
         return True
-    return False
+    if not torch.compiler.is_compiling():
+        return False
+    _options.check_denominator_use(reduction)
+    torch._check(denominator > 0.0)
+    return True
 
 
 def divided(loss: Tensor, denominator: float | Tensor) -> Tensor:
