@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch")
 
 from torch.autograd import forward_ad  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastloss.torch as fl  # noqa: E402
 from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
@@ -366,3 +367,17 @@ def test_transformed_gradients_of_bfloat16_are_rounded_once(upstream):
         pytest.skip("a GPU scales the gradients of 16 bits that forward has made")
     for one, other in ((one, other) for made in others for one, other in zip(grads, made, strict=True)):
         assert same_bits(one, other)
+
+
+def test_a_checkpointed_linear_loss_keeps_no_gradients():
+    hidden, weight = seeded(TOKENS, FEATURES).requires_grad_(), seeded(CLASSES, FEATURES, seed=1).requires_grad_()
+    losses = []
+
+    def loss(hidden):
+        losses.append(fl.linear_cross_entropy(hidden, weight, seeded_ids(CLASSES, TOKENS)))
+        return losses[-1]
+
+    loss(hidden)
+    assert losses[0].grad_fn.gradients is not None
+    checkpoint(loss, hidden, use_reentrant=False)
+    assert losses[1].grad_fn.gradients is None

@@ -23,7 +23,7 @@ from torch.autograd import Function
 
 from fastloss._options import NONE
 from fastloss.torch import linear_ops, ops, plain
-from fastloss.torch.ahead import expectation
+from fastloss.torch.ahead import expectation, saved_tensor_hooks
 from fastloss.torch.autograd import give_derivative, gradients_of_statistics, kept_statistics
 from fastloss.torch.linear_operators import grouped
 from fastloss.torch.linear_ops import Head
@@ -42,7 +42,7 @@ def _wanted(needs: Sequence[bool]) -> Wanted:
 
 def _made_for(hidden: Tensor, reduction: int) -> float | None:
     """The upstream gradient that forward makes gradients for in eager mode, None: it makes none."""
-    if reduction == NONE:
+    if reduction == NONE or saved_tensor_hooks(True) is not None:
         return None
     if hidden.is_cpu and hidden.element_size() == 2:
         return expectation.upstream if expectation.steady else None
