@@ -381,3 +381,25 @@ def test_a_checkpointed_linear_loss_keeps_no_gradients():
     assert losses[0].grad_fn.gradients is not None
     checkpoint(loss, hidden, use_reentrant=False)
     assert losses[1].grad_fn.gradients is None
+
+
+# ---- rows that do not count ----
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear"])
+def test_second_derivatives_see_nothing_of_ignored_rows(name):
+    ours, _, x, y = example(name)
+    x[1], y[1] = torch.nan, -100
+    rest = torch.tensor([0, 2, 3])
+    matrix = seeded(CLASSES, FEATURES, seed=1).requires_grad_()
+
+    def second(x, y):
+        leaf = x.clone().requires_grad_()
+        variables = (leaf, matrix) if name == "linear" else (leaf,)
+        loss = fl.linear_cross_entropy(leaf, matrix, y) if name == "linear" else ours(leaf, y)
+        grads = torch.autograd.grad(loss, variables, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), variables)
+
+    (by_x, *by_matrix), (expected, *by_same_matrix) = second(x, y), second(x[rest], y[rest])
+    assert torch.equal(by_x[1], torch.zeros_like(by_x[1]))
+    torch.testing.assert_close([by_x[rest], *by_matrix], [expected, *by_same_matrix], **FLOAT64)

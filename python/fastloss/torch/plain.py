@@ -24,10 +24,15 @@ def transformed(logits: Tensor, dim: int, softcap: float, temperature: float, bi
     return z if bias is None else z + bias
 
 
+def counted(rows: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Rows, and zeros for those that do not count: what is in them, NaN perhaps, reaches no derivative."""
+    return rows if target.dtype in CODES else torch.where((target != ignore_index).unsqueeze(-1), rows, 0)
+
+
 def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
     """The loss of each row."""
     dim, ignore_index, smoothing, z_loss, softcap, temperature = options
-    z = transformed(logits, dim, softcap, temperature, bias)
+    z = counted(transformed(logits, dim, softcap, temperature, bias), target, ignore_index)
     lse = torch.logsumexp(z, -1)
     gap = lse.unsqueeze(-1) - z
     weights = torch.ones(z.shape[-1], dtype=z.dtype, device=z.device) if weight is None else weight
@@ -43,8 +48,8 @@ def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tens
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int) -> Tensor:
-    """The logits of all tokens."""
-    return torch.nn.functional.linear(hidden, weight, bias)
+    """The logits of all tokens, without what the hidden states of those that do not count hold."""
+    return torch.nn.functional.linear(counted(hidden, target, ignore_index), weight, bias)
 
 
 def scaled_losses(
