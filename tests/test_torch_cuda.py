@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 import fastloss  # noqa: E402
 import fastloss.torch as fl  # noqa: E402
 from cuda_binding import load_emulation  # noqa: E402
-from fastloss.torch import ops  # noqa: E402
+from fastloss.torch import operators, ops  # noqa: E402
 from helpers import assert_cross_entropy_contract, run_python  # noqa: E402
 from reference import Options  # noqa: E402
 from torch_helpers import (  # noqa: E402
@@ -93,7 +93,7 @@ def test_gradient_in_the_trip_of_the_loss_keeps_the_contract(cuda):
 def test_factor_of_the_mean_stays_a_tensor_of_the_device(cuda):
     _, _, scale = cuda.cross_entropy(seeded(5, 30), seeded_ids(30, 5), None, None, ops.Options(1), 1, None, True)
     assert isinstance(scale, torch.Tensor)
-    assert ops.as_tensor(scale) is scale
+    assert operators.as_tensor(scale) is scale
 
 
 def test_second_derivatives_go_through_the_plain_formula(cuda):

@@ -27,7 +27,7 @@ from fastloss.torch.ops import CPU, fresh
 
 AFTER_NOTHING = 32  # backwards to wait for
 # Checkpointing and offloading take saved tensors away; a gradient in their place would defeat them.
-_saved_tensor_hooks: Callable[[bool], Any] = getattr(
+saved_tensor_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None
 )
 
@@ -76,7 +76,7 @@ class Expectation:
 
     def start(self, logits: Tensor) -> Ahead | None:
         """Memory for a gradient, if it is worth making now."""
-        if not self.steady or _saved_tensor_hooks(True) is not None:
+        if not self.steady or saved_tensor_hooks(True) is not None:
             return None
         large = logits.nbytes >= RECYCLED_FROM
         if large and self._waiting is not None and self._waiting() is not None:

@@ -79,8 +79,8 @@ def _signed(name: str, ids: Tensor) -> Tensor:
     return wrapped.masked_fill(beyond, 2**63 - 1)
 
 
-def per_class(name: str, value: Tensor, logits: Tensor, dim: int) -> Tensor:
-    """One number a class, in the accumulation type."""
+def per_class(name: str, value: Tensor, logits: Tensor, dim: int, constant: bool = True) -> Tensor:
+    """One number a class, in the accumulation type; a constant, unless there is a gradient for it."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     _options.check_per_class(value.shape, logits.shape[dim], name)
@@ -89,14 +89,23 @@ def per_class(name: str, value: Tensor, logits: Tensor, dim: int) -> Tensor:
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     check_device(name, value, logits)
-    if value.requires_grad and torch.is_grad_enabled():
+    if constant and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} gets no gradient from this loss: pass {name}.detach()")
     value = ops.in_memory(name, value)
     return value.to(accumulation_dtype(logits.dtype)).contiguous()
 
 
-def check_denominator(denominator: Tensor, reduction: object, logits: Tensor) -> None:
-    """A 0-d tensor with a positive number, which is looked at where nothing has to wait for it."""
+def divides_afterwards(denominator: float | Tensor, reduction: str, logits: Tensor) -> bool:
+    """Whether the sum is divided in a step of its own: by a tensor, and by a number that a compiled graph may not know yet.
+
+    The number in a tensor is looked at where nothing has to wait for it.
+    """
+    if not isinstance(denominator, Tensor):
+        if not torch.compiler.is_compiling():
+            return False
+        _options.check_denominator_use(reduction)
+        torch._check(denominator > 0.0)
+        return True
     _options.check_denominator_use(reduction)
     if denominator.ndim != 0:
         raise ValueError(f"denominator must be a number or a 0-d tensor, got a tensor of shape {tuple(denominator.shape)}")
@@ -106,6 +115,12 @@ def check_denominator(denominator: Tensor, reduction: object, logits: Tensor) ->
         raise ValueError(f"denominator is on {denominator.device}, but the logits are on {logits.device}")
     if denominator.is_cpu and ops.eager(denominator):
         _options.check_denominator(denominator.item())
+    return True
+
+
+def divided(loss: Tensor, denominator: float | Tensor) -> Tensor:
+    """The sum by what divides it afterwards."""
+    return loss / (denominator.to(loss.dtype) if isinstance(denominator, Tensor) else denominator)
 
 
 def loss_options(*choices: Any) -> _options.LossOptions:

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autograd: what is kept for backward, and which kernel makes which gradient.
 
-`CrossEntropy` is for eager mode and `torch.compile`; `CrossEntropyUnderTransforms` is the form that `torch.func` asks for,
-which costs more on every call. Gradients that are themselves differentiated are made by a Function of their own: its forward
-is the kernel, its backward the plain formula.
+`CrossEntropy` is for eager mode, where a small loss takes less time than the dispatcher. Everywhere else the operators are
+called, which have derivatives of their own: those of a loss are operators too, and theirs are the plain formula.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import Function
+from torch.autograd.function import _SingleLevelFunction
 
 from fastloss._options import NONE, row_shape
 from fastloss.torch import (
@@ -21,13 +23,14 @@ from fastloss.torch import (
     plain,
 )
 from fastloss.torch.ahead import ExpectationOfGpu, OnGpu, expectation_of
-from fastloss.torch.ops import Options
+from fastloss.torch.operators import DIFFERENTIABLE, LIBRARY, as_tensor
+from fastloss.torch.ops import CODES, Options
 
-LOGITS, TARGET = 0, 1
+LOGITS, TARGET, WEIGHT, BIAS = range(4)
 
 
 class CrossEntropy(Function):
-    """The loss; keeps a few numbers a row."""
+    """The loss in eager mode; keeps a few numbers a row."""
 
     @staticmethod
     def forward(
@@ -43,22 +46,14 @@ class CrossEntropy(Function):
     ) -> Tensor:
         """Runs the statistics pass, and makes the gradient on the way if its upstream gradient can be expected."""
         ctx.ahead = None
-        if not torch.compiler.is_compiling():
-            may_be_ahead = reduction != NONE and not inplace and ctx.needs_input_grad[LOGITS]
-            if may_be_ahead and (expectation := expectation_of(logits)):
-                ctx.ahead = expectation.start(logits)
-            made = () if ctx.ahead is None else (ctx.ahead.grad, ctx.ahead.upstream)
-            loss, saved, scale = ops.cross_entropy(
-                logits, target, weight, bias, options, reduction, denominator, True, *made, as_with_gradient=may_be_ahead
-            )
-            ctx.scale = scale
-            ctx.save_for_backward(logits, target, weight, bias, saved)
-        else:
-            loss, saved, scale = torch.ops.fastloss.cross_entropy(
-                logits, target, weight, bias, *options, reduction, denominator
-            )
-            ctx.scale = None
-            ctx.save_for_backward(logits, target, weight, bias, saved, scale)
+        may_be_ahead = reduction != NONE and not inplace and ctx.needs_input_grad[LOGITS]
+        if may_be_ahead and (expectation := expectation_of(logits)):
+            ctx.ahead = expectation.start(logits)
+        made = () if ctx.ahead is None else (ctx.ahead.grad, ctx.ahead.upstream)
+        loss, saved, ctx.scale = ops.cross_entropy(
+            logits, target, weight, bias, options, reduction, denominator, True, *made, as_with_gradient=may_be_ahead
+        )
+        ctx.save_for_backward(logits, target, weight, bias, saved)
         ctx.options = options
         ctx.inplace = inplace
         return loss
@@ -66,22 +61,16 @@ class CrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         """Runs the gradient pass, if that is still to be done."""
-        logits, target, weight, bias, saved, *scale = ctx.saved_tensors
+        logits, target, weight, bias, saved = ctx.saved_tensors
         needs_logits, needs_target = ctx.needs_input_grad[:2]
-        if ctx.scale is None or ops.is_batched_by_autograd(upstream):
-            factor = scale[0] if scale else ops.as_tensor(ctx.scale)
-            tensors = (upstream, logits, target, weight, bias, saved, factor)
-            by_logits = _gradient_op(LOGITS, tensors, ctx.options) if needs_logits else None
-            by_target = _gradient_op(TARGET, tensors, ctx.options) if needs_target else None
-            return by_logits, by_target, None, None, None, None, None, None
-        if torch.is_grad_enabled():
-            if ctx.inplace:
-                raise RuntimeError(
-                    "inplace=True overwrites the logits, so the gradient cannot be differentiated (create_graph=True)"
-                )
-            factor = ops.as_tensor(ctx.scale)
-            tensors = (upstream, logits, target, weight, bias, saved, factor)
-            return *_gradients(tensors, ctx.options, needs_logits, needs_target), None
+        differentiated = torch.is_grad_enabled()
+        if differentiated and ctx.inplace:
+            raise RuntimeError(
+                "inplace=True overwrites the logits, so the gradient cannot be differentiated (create_graph=True)"
+            )
+        if differentiated or ops.is_batched_by_autograd(upstream) or ops.forward_mode():
+            tensors = (logits, target, weight, bias, saved, as_tensor(ctx.scale))
+            return *_gradients(upstream, tensors, ctx.options, ctx.needs_input_grad), *[None] * 4
         arguments = (upstream, logits, target, weight, bias, saved, ctx.scale, ctx.options)
         by_target = ops.soft_target_gradient(*arguments) if needs_target else None
         by_logits = None
@@ -113,265 +102,167 @@ def _place_for_gradient(ctx: Any, upstream: Tensor, logits: Tensor) -> tuple[Ten
 apply_cross_entropy = getattr(super(Function, CrossEntropy), "apply", CrossEntropy.apply)
 
 
-class CrossEntropyUnderTransforms(Function):
-    """The same for `torch.func`: `grad`, `vmap` and what is made of them."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        options: Options,
-        reduction: int,
-        denominator: float | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the statistics pass."""
-        out: tuple[Tensor, Tensor, Tensor] = torch.ops.fastloss.cross_entropy(
-            logits, target, weight, bias, *options, reduction, denominator
-        )
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the inputs and a few numbers a row."""
-        _, saved, scale = output
-        ctx.mark_non_differentiable(saved, scale)
-        ctx.save_for_backward(*inputs[:4], saved, scale)
-        ctx.options = inputs[4]
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
-        """Runs the gradient pass."""
-        needs_logits, needs_target = ctx.needs_input_grad[:2]
-        return _gradients((upstream, *ctx.saved_tensors), ctx.options, needs_logits, needs_target)
+# ---- derivatives of operators ----------------------------------------------------------------------------------------
 
 
-def _gradient_op(by: int, tensors: tuple[Any, ...], options: Options) -> Tensor:
-    op = torch.ops.fastloss.cross_entropy_backward if by == LOGITS else torch.ops.fastloss.soft_target_gradient
-    grad: Tensor = op(*tensors, *options)
+def give_derivative(
+    name: str, keep: Callable[[Any, tuple[Any, ...], Any], None], backward: Callable[..., Sequence[Tensor | None]]
+) -> None:
+    """Registers a derivative: `keep(ctx, inputs, output)`, and gradients by the first inputs, None for the rest.
+
+    It holds at each level of `torch.func`, compiled or not, where `torch.library.register_autograd` raises.
+    """
+    operator = getattr(torch.ops.fastloss, name).default
+    count = len(operator._schema.arguments)
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        # `apply` has switched gradients off, and switches them on again: of torch.func the next level wants them.
+        torch._C._set_grad_enabled(ops.functorch_active())
+        with below_autograd():
+            output = operator(*inputs)
+        keep(ctx, inputs, output)
+        return output
+
+    def padded_backward(ctx: Any, *upstreams: Any) -> Any:
+        grads = () if upstreams[0] is None else backward(ctx, *upstreams)
+        return *grads, *[None] * (count - len(grads))
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"{name} has no derivative in forward mode: take that of the loss, not of a backward")
+
+    methods = {"forward": forward, "backward": padded_backward, "jvp": jvp}
+    function: Any = type(f"fastloss_{name}_", (_SingleLevelFunction,), {n: staticmethod(f) for n, f in methods.items()})
+    apply = function.apply
+
+    def differentiable(*inputs: Any) -> Any:
+        if ops.forward_mode() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            if not ops.functorch_active():
+                return apply(*inputs)
+            with enable_single_level_autograd_function():
+                return apply(*inputs)
+        with below_autograd():
+            return operator(*inputs)
+
+    LIBRARY.impl(name, differentiable, "Autograd")
+
+
+def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.options = Options(*inputs[4:10])
+
+
+def _loss_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Sequence[Tensor | None]:
+    return _gradients(upstream, ctx.saved_tensors, ctx.options, ctx.needs_input_grad)
+
+
+def _gradients(upstream: Tensor, tensors: Sequence[Any], options: Options, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """By logits, target and class weights, as functions that can be differentiated again."""
+    by_logits = by_target = by_weight = None
+    if needs[LOGITS]:
+        by_logits = torch.ops.fastloss.cross_entropy_backward(upstream, *tensors, *options)
+    if needs[TARGET]:
+        by_target = torch.ops.fastloss.soft_target_gradient(upstream, *tensors, *options)
+    if needs[WEIGHT]:
+        by_weight = _weight_gradient(upstream, tensors, options)
+    if needs[BIAS]:
+        raise ValueError("logit_bias gets no gradient from this loss: pass logit_bias.detach()")
+    return by_logits, by_target, by_weight, None
+
+
+def _weight_gradient(upstream: Tensor, tensors: Sequence[Any], options: Options) -> Tensor:
+    """The plain formula: correct, and slower."""
+    logits, target, weight, bias, _, scale = tensors
+    if target.dtype not in CODES:
+        raise ValueError("weight gets no gradient from this loss of class ids: pass weight.detach()")
+    losses = plain.scaled_losses((logits, target, weight), (WEIGHT,), bias, scale, options)
+    of_rows = upstream.expand(row_shape(logits.shape, options.dim))
+    grad: Tensor = torch.func.vjp(losses, weight)[1](of_rows)[0]
     return grad
 
 
-def _gradients(tensors: tuple[Any, ...], options: Options, needs_logits: bool, needs_target: bool) -> tuple[Any, ...]:
-    by_logits = CrossEntropyGradient.apply(*tensors, LOGITS, options) if needs_logits else None
-    by_target = CrossEntropyGradient.apply(*tensors, TARGET, options) if needs_target else None
-    return by_logits, by_target, None, None, None, None, None
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    upstream, logits, target, weight, bias, _, scale, *options = inputs
+    ctx.save_for_backward(upstream, logits, target, weight, bias, scale)
+    ctx.options = Options(*options)
 
 
-class CrossEntropyGradient(Function):
-    """The gradient by the logits or by soft targets, as a function that can be differentiated again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        upstream: Tensor,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        saved: Tensor,
-        scale: Tensor,
-        by: int,
-        options: Options,
-    ) -> Tensor:
-        """Runs the kernel."""
-        return _gradient_op(by, (upstream, logits, target, weight, bias, saved, scale), options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the inputs."""
-        upstream, logits, target, weight, bias, _, scale, ctx.by, ctx.options = inputs
-        ctx.save_for_backward(upstream, logits, target, weight, bias, scale)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
+def _gradient_backward(by: int) -> Callable[..., Sequence[Tensor | None]]:
+    def backward(ctx: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
         """The plain formula: correct, and slower."""
-        upstream, logits, target, weight, bias, scale = ctx.saved_tensors
-        options = ctx.options
-        soft = target.dtype in ops.CODES
+        upstream, *tensors, bias, scale = ctx.saved_tensors
+        logits, options = tensors[LOGITS], ctx.options
+        places = tuple(place for place in (LOGITS, TARGET, WEIGHT) if place == by or ctx.needs_input_grad[1 + place])
+        losses = plain.scaled_losses(tensors, places, bias, scale, options)
+        variables = tuple(tensors[place] for place in places)
+        cotangents = tuple(cotangent if place == by else None for place in places)
+        of_rows = upstream.expand(row_shape(logits.shape, options.dim))
+        by_rows, by_variables = plain.vjp_of_vjp(losses, variables, of_rows, cotangents)
+        grads: list[Tensor | None] = [None] * 3
+        for place, grad in zip(places, by_variables, strict=True):
+            grads[place] = grad
+        return by_rows.sum() if upstream.ndim == 0 else by_rows, *grads
 
-        def losses(logits: Tensor, *soft_target: Tensor) -> Tensor:
-            rows = plain.row_losses(logits, soft_target[0] if soft else target, weight, bias, options)
-            scaled: Tensor = rows * scale.to(rows.dtype)
-            return scaled
-
-        def upstream_of_rows(upstream: Tensor) -> Tensor:
-            return upstream.expand(row_shape(logits.shape, options.dim))
-
-        inputs = (logits, target) if soft else (logits,)
-        cotangents = tuple(cotangent if i == ctx.by else None for i in range(len(inputs)))
-        by_upstream, by_inputs = plain.vjp_of_vjp(losses, inputs, upstream_of_rows(upstream), cotangents)
-        by_upstream = by_upstream.sum() if upstream.ndim == 0 else by_upstream
-        by_target = by_inputs[1] if soft else None
-        return by_upstream, by_inputs[0], by_target, None, None, None, None, None, None
+    return backward
 
 
-class Statistics(Function):
-    """The eight statistics, empty where not wanted, and `saved`; in eager mode and `torch.compile`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor | None,
-        bias: Tensor | None,
-        dim: int,
-        softcap: float,
-        temperature: float,
-        want: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:
-        """Runs the statistics pass."""
-        outputs = tuple(torch.ops.fastloss.statistics(logits, target, bias, dim, softcap, temperature, list(want)))
-        _keep_statistics(ctx, (logits, target, bias), outputs)
-        ctx.constants = (dim, softcap, temperature, want)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        """Runs the gradient pass."""
-        arguments = (*ctx.saved_tensors, *ctx.constants, *upstreams[:6])
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            grad = _statistics_gradient(*arguments)
-        else:
-            grad = StatisticsGradient.apply(*arguments)
-        return grad, None, None, None, None, None, None
+give_derivative("cross_entropy", _keep_loss, _loss_backward)
+give_derivative("cross_entropy_backward", _keep_gradient, _gradient_backward(LOGITS))
+give_derivative("soft_target_gradient", _keep_gradient, _gradient_backward(TARGET))
 
 
-class StatisticsUnderTransforms(Function):
-    """The same for `torch.func`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor | None,
-        bias: Tensor | None,
-        dim: int,
-        softcap: float,
-        temperature: float,
-        want: tuple[bool, ...],
-    ) -> tuple[Tensor, ...]:
-        """Runs the statistics pass."""
-        return tuple(torch.ops.fastloss.statistics(logits, target, bias, dim, softcap, temperature, list(want)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the logits and numbers of rows."""
-        _keep_statistics(ctx, inputs[:3], output)
-        ctx.constants = inputs[3:]
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        """Runs the gradient pass."""
-        grad = StatisticsGradient.apply(*ctx.saved_tensors, *ctx.constants, *upstreams[:6])
-        return grad, None, None, None, None, None, None
+# ---- of statistics ---------------------------------------------------------------------------------------------------
 
 
-def _keep_statistics(ctx: Any, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]) -> None:
+def kept_statistics(ctx: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Those that backward needs; the integer ones have no derivative."""
     _, _, entropy, _, sum_sq_prob, max_prob, argmax, rank, saved = outputs
     ctx.mark_non_differentiable(argmax, rank, saved)
-    ctx.save_for_backward(*inputs, saved, entropy, sum_sq_prob, max_prob, argmax)
+    return saved, entropy, sum_sq_prob, max_prob, argmax
 
 
-def _statistics_gradient(
-    logits: Tensor,
-    target: Tensor | None,
-    bias: Tensor | None,
-    saved: Tensor,
-    entropy: Tensor,
-    sum_sq_prob: Tensor,
-    max_prob: Tensor,
-    argmax: Tensor,
-    dim: int,
-    softcap: float,
-    temperature: float,
-    want: tuple[bool, ...],
-    *upstreams: Tensor,
-) -> Tensor:
-    """The coefficients, then the one gradient kernel."""
-    coefficients, ids, factors = statistics_coefficients(
-        target, logits.shape[dim], saved, entropy, sum_sq_prob, max_prob, argmax, want, upstreams
-    )
-    grad: Tensor = torch.ops.fastloss.gradient(logits, saved, coefficients, ids, factors, bias, dim, softcap, temperature)
-    return grad
+def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3], *kept_statistics(ctx, output))
+    ctx.constants = inputs[3:]
 
 
-def statistics_coefficients(
-    target: Tensor | None,
-    classes: int,
-    saved: Tensor,
-    entropy: Tensor,
-    sum_sq_prob: Tensor,
-    max_prob: Tensor,
-    argmax: Tensor,
-    want: tuple[bool, ...],
-    upstreams: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Four numbers a row, and ids with one number each, that the gradient kernel makes the gradient of."""
-    rows = saved.shape[:-1]
-    u = [upstream.to(torch.float64) for upstream in upstreams]
-    a, b, c, d = (torch.zeros_like(saved[..., 0]) for _ in range(4))
-    ids: list[Tensor] = []
-    g: list[Tensor] = []
-    if want[0] and target is not None:
-        many = target.ndim == len(rows) + 1
-        per_id = u[0] if many else u[0].unsqueeze(-1)
-        a = a - per_id.sum(-1)
-        g.append(-per_id)
-        ids.append((target if many else target.unsqueeze(-1)).long())
-    if want[1]:
-        a = a + u[1]
-    if want[2]:
-        a = a + u[2] * (torch.log1p(saved[..., 1]) - entropy)
-        b = b - u[2]
-    if want[3]:
-        d = d + u[3] / classes
-    if want[4]:
-        a = a - 2 * u[4] * sum_sq_prob
-        c = c + 2 * u[4]
-    if want[5]:
-        a = a - u[5] * max_prob
-        g.append(-(u[5] * max_prob).unsqueeze(-1))
-        ids.append(argmax.clamp(min=0).unsqueeze(-1))
-    coefficients = torch.stack([a, b, c, d], -1)
-    return (coefficients, torch.cat(ids, -1), torch.cat(g, -1)) if ids else (coefficients, None, None)
+def _statistics_backward(ctx: Any, *upstreams: Tensor) -> Sequence[Tensor | None]:
+    of_statistics = upstreams[: len(DIFFERENTIABLE)]
+    return (torch.ops.fastloss.statistics_backward(*of_statistics, *ctx.saved_tensors, *ctx.constants),)
 
 
-class StatisticsGradient(Function):
-    """The gradient of the statistics by the logits, as a function that can be differentiated again."""
+def _keep_statistics_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:9])
+    ctx.constants = inputs[14:]
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        """Runs the kernel."""
-        grad: Tensor = _statistics_gradient(*arguments)
-        return grad
+def _statistics_gradient_backward(ctx: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
+    """The plain formula: correct, and slower."""
+    *upstreams, logits, target, bias = ctx.saved_tensors
+    want = ctx.constants[-1]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the inputs."""
-        logits, target, bias, *_ = inputs
-        ctx.transform = inputs[8:11]
-        ctx.want = inputs[11]
-        ctx.save_for_backward(logits, target, bias, *inputs[12:])
+    def statistics(logits: Tensor) -> tuple[Tensor, ...]:
+        return plain.statistics(logits, target, bias, *ctx.constants)
 
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        """The plain formula: correct, and slower."""
-        logits, target, bias, *upstreams = ctx.saved_tensors
-        dim, softcap, temperature = ctx.transform
-        wanted = tuple(u for u, w in zip(upstreams, ctx.want, strict=False) if w)
+    by_upstreams, (by_logits,) = gradients_of_statistics(statistics, (logits,), upstreams, want, (cotangent,))
+    return *by_upstreams, by_logits
 
-        def stats(logits: Tensor) -> tuple[Tensor, ...]:
-            return plain.statistics(logits, target, bias, dim, softcap, temperature, list(ctx.want[:6]))
 
-        by_wanted, by_inputs = plain.vjp_of_vjp(stats, (logits,), wanted, (cotangent,))
-        found = iter(by_wanted)
-        by_upstreams = [next(found) if w else None for w in ctx.want[:6]]
-        return by_inputs[0], *[None] * 11, *by_upstreams
+def gradients_of_statistics(
+    statistics: Callable[..., tuple[Tensor, ...]],
+    variables: tuple[Tensor, ...],
+    upstreams: Sequence[Tensor],
+    want: Sequence[bool],
+    cotangents: tuple[Tensor | None, ...],
+) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
+    """Gradients, by all upstream gradients and by the variables, of the gradient of the wanted statistics."""
+    wanted = tuple(upstream for upstream, w in zip(upstreams, want, strict=False) if w)
+    by_wanted, by_variables = plain.vjp_of_vjp(statistics, variables, wanted, cotangents)
+    found = iter(by_wanted)
+    return [next(found) if w else None for w in want[: len(DIFFERENTIABLE)]], by_variables
+
+
+give_derivative("statistics", _keep_statistics, _statistics_backward)
+give_derivative("statistics_backward", _keep_statistics_gradient, _statistics_gradient_backward)

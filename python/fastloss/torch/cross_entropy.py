@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import _reduction as legacy
 
 from fastloss import _options
-from fastloss.torch import ops
-from fastloss.torch.arguments import check_denominator, check_logits, check_rows_target, loss_options, per_class
-from fastloss.torch.autograd import CrossEntropy, CrossEntropyUnderTransforms, apply_cross_entropy
+from fastloss.torch import ops, plain
+from fastloss.torch.arguments import check_logits, check_rows_target, divided, divides_afterwards, loss_options, per_class
+from fastloss.torch.autograd import apply_cross_entropy
 from fastloss.torch.ops import Options
 
 
@@ -47,15 +47,16 @@ def cross_entropy(
     of its own, times the upstream gradient that the last backward on the device brought (1 at first). Where backward brings
     another one, and where forward made no gradient (``"none"``, `inplace`, under `torch.compile`, `torch.func`, checkpointing
     or offloading, while another loss waits for its backward, after an upstream gradient that was new or never came), backward
-    reads the logits once more and writes the gradient: the same bits. Under `torch.compile` and `torch.func`, `inplace` has no
-    effect.
+    reads the logits once more and writes the gradient: the same bits. Under `torch.compile` and `torch.func`, and with a weight
+    that needs a gradient, `inplace` has no effect.
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, or any shape with `dim`; float32, float64, float16 or
             bfloat16, any strides.
         target: class ids, of any integer dtype, in the shape of the logits without the class dimension; or probabilities in
             the shape of the logits, which may need gradients.
-        weight: class weights, shape ``(C)``; a constant.
+        weight: class weights, shape ``(C)``. With probabilities it may need a gradient, which goes through a plain PyTorch
+            formula: right, and slower; with class ids it is a constant.
         size_average: deprecated by PyTorch, see `reduction`.
         ignore_index: rows with this id count nothing and get a zero gradient. Not for probabilities, unless negative.
         reduce: deprecated by PyTorch, see `reduction`.
@@ -102,29 +103,30 @@ def cross_entropy(
     class_dim = _options.class_axis(dim, input.shape, "dim", "input")
     target = check_rows_target(input, target, class_dim, ignore_index)
     if weight is not None:
-        weight = per_class("weight", weight, input, class_dim)
+        weight = per_class("weight", weight, input, class_dim, constant=target.dtype not in ops.CODES)
     if logit_bias is not None:
         logit_bias = per_class("logit_bias", logit_bias, input, class_dim)
-    divisor: Tensor | None = None
-    if denominator is not None and isinstance(denominator, Tensor):  # of None alone isinstance takes 90 ns
-        check_denominator(denominator, reduction, input)
+    divisor: float | Tensor | None = None
+    if denominator is not None and divides_afterwards(denominator, reduction, input):
         divisor, denominator, reduction = denominator, None, "sum"
-    choices = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
-    eager = ops.eager(input, target, weight, logit_bias)
+    choices: tuple[Any, ...] = (class_dim, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, denominator)
+    eager = ops.eager(input, target, weight, logit_bias) and not (weight is not None and weight.requires_grad)
     options = _remembered_options(*choices) if eager else _check_options(*choices)
     arguments = (input, target, weight, logit_bias, *options)
 
+    loss: Tensor
     if eager and not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-        loss: Tensor = ops.cross_entropy(*arguments, False)[0]
+        loss = ops.cross_entropy(*arguments, False)[0]
     elif eager:
         if inplace:
             _check_inplace(input)
         loss = apply_cross_entropy(*arguments, inplace)
-    elif torch.compiler.is_compiling():
-        loss = CrossEntropy.apply(*arguments, False)
+    elif ops.forward_mode():
+        loss = plain.cross_entropy(*arguments)
     else:
-        loss = CrossEntropyUnderTransforms.apply(*arguments)[0]
-    return loss if divisor is None else loss / divisor.to(loss.dtype)
+        tensors, (of_rows, *of_loss) = arguments[:4], options
+        loss = torch.ops.fastloss.cross_entropy(*tensors, *of_rows, *of_loss)[0]
+    return loss if divisor is None else divided(loss, divisor)
 
 
 def _check_options(

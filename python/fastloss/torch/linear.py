@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastloss import _options
 from fastloss._options import STATISTICS, LogitStats
-from fastloss.torch import ops
-from fastloss.torch.arguments import check_denominator, loss_options, per_class
+from fastloss.torch import linear_ops, ops, plain
+from fastloss.torch.arguments import divided, divides_afterwards, loss_options, per_class
 from fastloss.torch.linear_arguments import (
     DEFAULT_IGNORE_INDEX,
     check_factors,
@@ -30,13 +30,8 @@ from fastloss.torch.linear_arguments import (
     split_places,
     under_autocast,
 )
-from fastloss.torch.linear_autograd import (
-    LinearCrossEntropy,
-    LinearCrossEntropySampled,
-    LinearCrossEntropySparse,
-    LinearCrossEntropyUnderTransforms,
-    LinearStatistics,
-)
+from fastloss.torch.linear_autograd import LinearCrossEntropy, LinearCrossEntropySparse, wanted_of_operator
+from fastloss.torch.linear_operators import grouped
 from fastloss.torch.projection import NOTHING
 
 
@@ -98,9 +93,9 @@ def linear_cross_entropy(
         backward: ``"exact"`` or ``"sampled"``.
         threshold: t in (0, 1], for the sampled backward.
         seed: an int, as `torch.manual_seed` takes it, or a `torch.Generator`, for the sampled backward; by default a number
-            drawn from PyTorch's generator. Of a weight with further dimensions, place i in row-major order has the seed
-            ``seed + i * 0x9E3779B97F4A7C15`` modulo 2**64. Under `torch.vmap` a given one serves every sample; drawn ones
-            follow its `randomness`.
+            drawn from PyTorch's generator, the only one that `torch.compile` takes. Of a weight with further dimensions, place
+            i in row-major order has the seed ``seed + i * 0x9E3779B97F4A7C15`` modulo 2**64. Under `torch.vmap` a given one
+            serves every sample; drawn ones follow its `randomness`.
         sparse: for the sampled backward: the gradients by `linear_weight` ``(C, H)`` and `linear_bias` are sparse tensors with
             a row for each class that has an entry, sorted by class, as `torch.nn.Embedding` with ``sparse=True`` has them and
             `torch.optim.SparseAdam` and `torch.optim.SGD` take them. Each row has the bits of the dense gradient, which is not
@@ -139,6 +134,9 @@ def linear_cross_entropy(
         check_sparse(sampled, linear_weight.shape[1:-1])
         check_sparse_factors(input, linear_weight)
     rows, places = input.shape[:-1], linear_weight.shape[1:-1]
+    divisor: float | Tensor | None = None
+    if denominator is not None and divides_afterwards(denominator, reduction, input):
+        divisor, denominator, reduction = denominator, None, "sum"
     checked = loss_options(
         DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index,
         reduction,
@@ -146,12 +144,9 @@ def linear_cross_entropy(
         z_loss,
         softcap,
         temperature,
-        None if isinstance(denominator, Tensor) else denominator,
+        denominator,
     )
     code = checked.reduction
-    if isinstance(denominator, Tensor):
-        check_denominator(denominator, reduction, input)
-        code = _options.SUM
     target = check_target(input, target, (*rows, linear_weight.shape[0], *places), len(rows), ignore_index)
     class_weight = None if weight is None else per_class("weight", weight, linear_weight, 0)
     logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, linear_weight, 0)
@@ -177,35 +172,45 @@ def linear_cross_entropy(
     loss = loss.sum() if places else loss
     if count is not None:
         return mean(loss, count)
-    return loss / denominator.to(loss.dtype) if isinstance(denominator, Tensor) else loss
+    return loss if divisor is None else divided(loss, divisor)
 
 
 def _run(
     arguments: tuple[Any, ...], sampled: bool, threshold: float, seed: int | torch.Generator | None, sparse: bool
 ) -> Tensor:
-    hidden, head, bias, _, target, class_weight, logit_bias = arguments[:7]
-    tensors = (hidden, head, bias, target)
-    compiling = torch.compiler.is_compiling()
-    eager = not compiling and ops.eager(*tensors, class_weight, logit_bias)
-    needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    hidden, weight, bias, _, target, class_weight, logit_bias = arguments[:7]
+    tensors = (hidden, weight, bias, target)
+    eager = ops.eager(*tensors, class_weight, logit_bias)
+    # What is transformed may need gradients that it does not tell of.
+    needs = torch.is_grad_enabled() and (not eager or any(tensor is not None and tensor.requires_grad for tensor in tensors))
     loss: Tensor
     with torch.autocast(device_type(hidden), enabled=False):
-        if eager and not needs:
-            loss, *_ = torch.ops.fastloss.linear_cross_entropy(*arguments, *NOTHING)
-        elif sampled:
+        if ops.forward_mode():
+            loss = _plain(arguments)
+        elif needs and sampled:
             if target.requires_grad:
                 raise ValueError("target gets no gradient from backward='sampled': pass target.detach()")
             if sparse:
                 loss = LinearCrossEntropySparse.apply(*arguments, threshold, seed_tensor(seed, hidden.device))
             else:
-                loss = LinearCrossEntropySampled.apply(*arguments, threshold, seed_tensor(seed, hidden.device))[0]
-        elif eager:
+                sample = (threshold, seed_tensor(seed, hidden.device))
+                loss = torch.ops.fastloss.linear_cross_entropy_sampled(*arguments, *sample)[0]
+        elif needs and eager:
             loss = LinearCrossEntropy.apply(*arguments)
+        elif eager:
+            head, task, reduction, denominator = grouped(arguments)
+            loss = linear_ops.cross_entropy(head, task, reduction, denominator, NOTHING)[0].loss
         else:
-            # Under torch.func nobody tells which gradients will be asked for.
-            wanted = tuple(f is not None and (f.requires_grad or not compiling) for f in (hidden, head, bias))
-            loss = LinearCrossEntropyUnderTransforms.apply(*arguments, wanted)[0]
+            wanted = wanted_of_operator(hidden, weight, bias, arguments[-2])
+            loss = torch.ops.fastloss.linear_cross_entropy(*arguments, *wanted)[0]
     return loss
+
+
+def _plain(arguments: tuple[Any, ...]) -> Tensor:
+    (hidden, head, bias, _), task, reduction, denominator = grouped(arguments)
+    logits = plain.linear(hidden, head, bias, task.target, task.options.ignore_index)
+    rest = (task.target, task.class_weight, task.logit_bias, task.options, reduction, denominator)
+    return plain.cross_entropy(logits, *rest)
 
 
 def linear_logit_stats(
@@ -266,9 +271,12 @@ def linear_logit_stats(
     logit_bias = None if logit_bias is None else per_class("logit_bias", logit_bias, weight, 0)
     wanted = tuple(name in names or (name == "argmax" and "max_prob" in names) for name in STATISTICS)
     chunk = chunk_size_of(chunk_tokens, None)
-    factors = under_autocast(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    factors = under_autocast(hidden.reshape(math.prod(rows), hidden.shape[-1]), weight, bias)
     with torch.autocast(device_type(hidden), enabled=False):
-        outputs = LinearStatistics.apply(*factors, chunk, ids, logit_bias, cap, heat, wanted)
+        if ops.forward_mode():
+            outputs = plain.all_statistics(torch.nn.functional.linear(*factors), ids, logit_bias, 1, cap, heat, wanted)
+        else:
+            outputs = torch.ops.fastloss.linear_statistics(*factors, chunk, ids, logit_bias, cap, heat, wanted)
     found = {}
     for name, out in zip(STATISTICS, outputs, strict=False):
         if name in names:

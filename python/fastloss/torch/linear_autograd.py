@@ -4,9 +4,12 @@
 A reduced loss makes its gradients in forward, from the logits that it has at hand, and keeps them for backward: three products
 in all. Backward scales them by the upstream gradient. Of 16 bits that would round twice, and bring nothing back of what float16
 was too small for: there the CPU makes them for the upstream gradient that `ahead` expects, and again where another one comes.
+The operators, which expect nothing, make those of bfloat16 for 1, which a power of two scales without rounding, and again for
+what is no power of two; those of float16 in backward.
 
 Losses of single tokens, and a second backward through the same graph, make the logits again. The sampled form keeps the sampled
-entries, which are few, and sums them up in backward. Second derivatives are those of the plain formula.
+entries, which are few, and sums them up in backward. Second derivatives are those of the plain formula: of sampled gradients
+too, which are an estimate of it.
 """
 
 from __future__ import annotations
@@ -20,31 +23,42 @@ from torch.autograd import Function
 
 from fastloss._options import NONE
 from fastloss.torch import linear_ops, ops, plain
-from fastloss.torch.ahead import expectation
-from fastloss.torch.autograd import statistics_coefficients
+from fastloss.torch.ahead import expectation, saved_tensor_hooks
+from fastloss.torch.autograd import give_derivative, gradients_of_statistics, kept_statistics
 from fastloss.torch.linear_operators import grouped
 from fastloss.torch.linear_ops import Head
+from fastloss.torch.operators import as_tensor
 from fastloss.torch.projection import NOTHING, Wanted
 
 # Every function here starts with the arguments of linear_ops.Head and Task, the options of Task spread out.
 _INPUTS = 12
 _HIDDEN, _WEIGHT, _BIAS, _TARGET = 0, 1, 2, 4
+_CLASS_WEIGHT, _LOGIT_BIAS = 5, 6
 
 
 def _wanted(needs: Sequence[bool]) -> Wanted:
     return Wanted(needs[_HIDDEN], needs[_WEIGHT], needs[_BIAS])
 
 
-def _made_for(hidden: Tensor, reduction: int, eager: bool) -> float | None:
-    """The upstream gradient that forward makes gradients for, None: it makes none."""
-    if reduction == NONE:
+def _made_for(hidden: Tensor, reduction: int) -> float | None:
+    """The upstream gradient that forward makes gradients for in eager mode, None: it makes none."""
+    if reduction == NONE or saved_tensor_hooks(True) is not None:
         return None
-    if eager and hidden.is_cpu and hidden.element_size() == 2:
+    if hidden.is_cpu and hidden.element_size() == 2:
         return expectation.upstream if expectation.steady else None
     return None if hidden.dtype == torch.float16 else 1.0
 
 
-def _save(ctx: Any, inputs: Sequence[Any], *tensors: Tensor) -> None:
+def wanted_of_operator(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: int) -> Wanted:
+    """Which gradients the operator makes along with the loss; others it makes in backward."""
+    if reduction == NONE or hidden.dtype == torch.float16 or not torch.is_grad_enabled():
+        return NOTHING
+    # What torch.func will ask for, a batched tensor does not tell.
+    transformed = ops.functorch_active()
+    return Wanted(*(factor is not None and (factor.requires_grad or transformed) for factor in (hidden, weight, bias)))
+
+
+def _save(ctx: Any, inputs: Sequence[Any], *tensors: Tensor | None) -> None:
     ctx.constants = [None if isinstance(a, Tensor) else a for a in inputs]
     ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs), *tensors)
 
@@ -65,13 +79,13 @@ def _at_their_places(length: int, by_factors: Sequence[Any], wanted: Wanted, by_
 
 
 class LinearCrossEntropy(Function):
-    """After the inputs: reduction, denominator."""
+    """In eager mode; after the inputs: reduction, denominator."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """The loss; of a reduced one the gradients too."""
         head, task, reduction, denominator = grouped(arguments)
-        ctx.made_for = _made_for(head.hidden, reduction, eager=True)
+        ctx.made_for = _made_for(head.hidden, reduction)
         at_once = NOTHING if ctx.made_for is None else _wanted(ctx.needs_input_grad)
         (loss, saved, ctx.scale), gradients = linear_ops.cross_entropy(
             head, task, reduction, denominator, at_once, ctx.made_for or 1.0
@@ -85,12 +99,8 @@ class LinearCrossEntropy(Function):
         """Hands out the gradients, times the upstream gradient."""
         arguments, (saved,) = _saved(ctx)
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream):
-            return (
-                *_differentiable(upstream, arguments[:_INPUTS], ops.as_tensor(ctx.scale), "exact", (saved,), needs),
-                None,
-                None,
-            )
+        if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream) or ops.forward_mode():
+            return *_gradients(upstream, arguments[:_INPUTS], as_tensor(ctx.scale), saved, needs), None, None
         wanted, (head, task, *_) = _wanted(needs), grouped(arguments)
         by_target = None
         if needs[_TARGET]:
@@ -111,62 +121,8 @@ class LinearCrossEntropy(Function):
         return tuple(_at_their_places(len(arguments), gradients or [None] * 3, wanted, by_target))
 
 
-class LinearCrossEntropyUnderTransforms(Function):
-    """The same for `torch.func` and `torch.compile`; after reduction and denominator: which gradients may be wanted."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        """The loss; of a reduced one the gradients too."""
-        *rest, wanted = arguments
-        at_once = NOTHING if _made_for(rest[_HIDDEN], rest[_INPUTS], eager=False) is None else wanted
-        out: tuple[Tensor, ...] = torch.ops.fastloss.linear_cross_entropy(*rest, *at_once)
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the inputs, and the gradients of a reduced loss."""
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.made = _made_for(inputs[_HIDDEN], inputs[_INPUTS], eager=False) is not None
-        _save(ctx, inputs[:_INPUTS], *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
-        """Hands out the gradients, times the upstream gradient."""
-        inputs, (saved, scale, *made) = _saved(ctx)
-        kind, tensors = ("made", (*made, saved)) if ctx.made else ("exact", (saved,))
-        grads = _differentiable(upstream, inputs, scale, kind, tensors, ctx.needs_input_grad)
-        return *grads, None, None, None
-
-
-class LinearCrossEntropySampled(Function):
-    """After the inputs: reduction, denominator, threshold, seed."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        """The exact loss, and a sample of its gradient by the logits."""
-        out: tuple[Tensor, ...] = torch.ops.fastloss.linear_cross_entropy_sampled(*arguments)
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the inputs and the sampled entries."""
-        ctx.mark_non_differentiable(*output[1:])
-        _save(ctx, inputs[:_INPUTS], *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
-        """Sums over the sampled entries."""
-        inputs, (scale, *entries) = _saved(ctx)
-        grads = _differentiable(upstream, inputs, scale, "sampled", tuple(entries), ctx.needs_input_grad)
-        return *grads, None, None, None, None
-
-
 class LinearCrossEntropySparse(Function):
-    """The same with row-sparse gradients by weight and bias: for eager autograd, once."""
+    """Sampled, with row-sparse gradients by weight and bias: for eager autograd, once."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -188,159 +144,146 @@ class LinearCrossEntropySparse(Function):
         return tuple(_at_their_places(_INPUTS + 4, gradients, wanted))
 
 
-# ---- gradients that can be differentiated again ----------------------------------------------------------------------
+# ---- derivatives of the operators ------------------------------------------------------------------------------------
 
 
-def _differentiable(
-    upstream: Tensor, inputs: list[Any], scale: Tensor, kind: str, tensors: tuple[Tensor, ...], needs: Sequence[bool]
+def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, saved, scale, *made = output
+    ctx.mark_non_differentiable(saved, scale, *made)
+    ctx.set_materialize_grads(False)  # those that forward has made are large
+    ctx.made = Wanted(*inputs[-3:])
+    _save(ctx, inputs[:_INPUTS], saved, scale, *(made if any(ctx.made) else ()))
+
+
+def _loss_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Sequence[Tensor | None]:
+    inputs, (saved, scale, *made) = _saved(ctx)
+    needs = ctx.needs_input_grad
+    complete = all(was_made or not want for was_made, want in zip(ctx.made, _wanted(needs), strict=True))
+    return _gradients(upstream, inputs, scale, saved, needs, made if complete and made else (None,) * 3)
+
+
+def _gradients(
+    upstream: Tensor,
+    inputs: Sequence[Any],
+    scale: Tensor,
+    saved: Tensor,
+    needs: Sequence[bool],
+    made: Sequence[Tensor | None] = (None,) * 3,
 ) -> list[Any]:
-    # A compiled backward is not differentiated again.
-    make = _gradients if torch.compiler.is_compiling() else LinearGradient.apply
+    """Those of the exact loss, as functions that can be differentiated again."""
+    _check_constants(needs)
     wanted = _wanted(needs)
-    grads: Any = [None] * 3
+    grads: Sequence[Any] = [None] * 3
     if any(wanted):
-        grads = make(*inputs, upstream, scale, kind, tuple(wanted), *tensors)
+        grads = torch.ops.fastloss.linear_cross_entropy_backward(upstream, *inputs, scale, *wanted, saved, *made)
     by_target = None
     if needs[_TARGET]:
-        (by_target,) = make(*inputs, upstream, scale, "target", (), tensors[-1])
+        by_target = torch.ops.fastloss.linear_soft_target_gradient(upstream, *inputs, scale, saved)
     return _at_their_places(_INPUTS, grads, wanted, by_target)
 
 
-def _gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    """By hidden states, weight and bias; or by the target."""
-    inputs, (upstream, scale, kind, wanted, *tensors) = arguments[:_INPUTS], arguments[_INPUTS:]
-    if kind == "made":
-        return tuple((grad * upstream).to(grad.dtype) for grad in tensors[:3])
-    if kind == "exact":
-        return tuple(torch.ops.fastloss.linear_cross_entropy_backward(upstream, *inputs, *tensors, scale, *wanted))
-    if kind == "sampled":
-        return tuple(torch.ops.fastloss.linear_sampled_backward(upstream, *inputs[:4], *tensors, scale, *wanted))
-    return (torch.ops.fastloss.linear_soft_target_gradient(upstream, *inputs, *tensors, scale),)
+def _check_constants(needs: Sequence[bool]) -> None:
+    for place, name in ((_CLASS_WEIGHT, "weight"), (_LOGIT_BIAS, "logit_bias")):
+        if needs[place]:
+            raise ValueError(f"{name} gets no gradient from this loss: pass {name}.detach()")
 
 
-class LinearGradient(Function):
-    """`_gradients` as a function with a derivative: that of the exact loss, of which sampled gradients are an estimate."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        """The kernels."""
-        return _gradients(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the inputs."""
-        upstream, scale, ctx.kind, ctx.wanted, *tensors = inputs[_INPUTS:]
-        ctx.count = len(tensors)
-        _save(ctx, inputs[:_INPUTS], upstream, scale)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        """The plain formula, with all logits at once: correct, and slower."""
-        inputs, (upstream, scale) = _saved(ctx)
-        (hidden, *_), task = grouped(inputs)
-        places = [place for place in (_HIDDEN, _WEIGHT, _BIAS) if inputs[place] is not None]
-        if task.target.dtype in ops.CODES:
-            places.append(_TARGET)
-        if ctx.kind == "target":
-            given = {_TARGET: cotangents[0]}
-        else:
-            triples = zip((_HIDDEN, _WEIGHT, _BIAS), cotangents, ctx.wanted, strict=True)
-            given = {place: cotangent for place, cotangent, want in triples if want}
-
-        def losses(*variables: Tensor) -> Tensor:
-            at = dict(zip(places, variables, strict=True))
-            logits = torch.nn.functional.linear(at[_HIDDEN], at[_WEIGHT], at.get(_BIAS))
-            target = at.get(_TARGET, task.target)
-            rows = plain.row_losses(logits, target, task.class_weight, task.logit_bias, task.options)
-            scaled: Tensor = rows * scale.to(rows.dtype)
-            return scaled
-
-        variables = tuple(inputs[place] for place in places)
-        of_places = tuple(given.get(place) for place in places)
-        by_rows, by_variables = plain.vjp_of_vjp(losses, variables, upstream.expand(hidden.shape[0]), of_places)
-        grads: list[Any] = [None] * (_INPUTS + 4 + ctx.count)
-        for place, grad in zip(places, by_variables, strict=True):
-            grads[place] = grad
-        grads[_INPUTS] = by_rows.sum() if upstream.ndim == 0 else by_rows
-        return tuple(grads)
+def _keep_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    _save(ctx, inputs[:_INPUTS], *output[1:])
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
+def _sampled_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Sequence[Tensor | None]:
+    inputs, (scale, *entries) = _saved(ctx)
+    needs = ctx.needs_input_grad
+    _check_constants(needs)
+    if needs[_TARGET]:
+        raise ValueError("target gets no gradient from backward='sampled': pass target.detach()")
+    wanted = _wanted(needs)
+    grads = torch.ops.fastloss.linear_sampled_backward(upstream, *inputs, scale, *wanted, *entries)
+    return _at_their_places(_INPUTS, grads, wanted)
 
 
-class LinearStatistics(Function):
-    """Arguments: those of Head, target, logit bias, softcap, temperature, what is wanted."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        """The eight statistics, empty where not wanted, and `saved`."""
-        return tuple(torch.ops.fastloss.linear_statistics(*arguments))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the factors and numbers of tokens."""
-        hidden, weight, bias, ctx.chunk_tokens, target, logit_bias, *ctx.constants = inputs
-        _, _, entropy, _, sum_sq_prob, max_prob, argmax, rank, saved = output
-        ctx.mark_non_differentiable(argmax, rank, saved)
-        kept = (saved, entropy, sum_sq_prob, max_prob, argmax)
-        ctx.save_for_backward(hidden, weight, bias, target, logit_bias, *kept)
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor) -> Any:
-        """The gradients, from logits that are made again."""
-        make = _statistics_gradients if torch.compiler.is_compiling() else LinearStatisticsGradient.apply
-        wanted = _wanted(ctx.needs_input_grad)
-        grads = make((wanted, ctx.chunk_tokens, *ctx.constants), *ctx.saved_tensors, *upstreams[:6])
-        return tuple(_at_their_places(4 + 2 + 3, grads, wanted))
+def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    upstream, scale = inputs[0], inputs[1 + _INPUTS]
+    ctx.wanted = inputs[2 + _INPUTS : 5 + _INPUTS]
+    _save(ctx, inputs[1 : 1 + _INPUTS], upstream, scale)
 
 
-def _statistics_gradients(constants: Any, *tensors: Any) -> tuple[Tensor, ...]:
-    """Coefficients of each token, then one kernel and the products."""
-    wanted, chunk_tokens, softcap, temperature, want = constants
-    hidden, weight, bias, target, logit_bias, saved, entropy, sum_sq_prob, max_prob, argmax, *upstreams = tensors
-    coefficients, ids, factors = statistics_coefficients(
-        target, weight.shape[0], saved, entropy, sum_sq_prob, max_prob, argmax, want, tuple(upstreams)
-    )
-    out = torch.ops.fastloss.linear_gradient(
-        hidden, weight, bias, chunk_tokens, saved, coefficients, ids, factors, logit_bias, softcap, temperature, *wanted
-    )
-    return tuple(out)
+def _gradient_backward(ctx: Any, *cotangents: Tensor) -> Sequence[Tensor | None]:
+    triples = zip((_HIDDEN, _WEIGHT, _BIAS), cotangents, ctx.wanted, strict=True)
+    return _second_derivatives(ctx, {place: cotangent for place, cotangent, want in triples if want})
 
 
-class LinearStatisticsGradient(Function):
-    """`_statistics_gradients` as a function that can be differentiated again."""
+def _target_gradient_backward(ctx: Any, cotangent: Tensor) -> Sequence[Tensor | None]:
+    return _second_derivatives(ctx, {_TARGET: cotangent})
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(constants: Any, *tensors: Any) -> tuple[Tensor, ...]:
-        """The kernels."""
-        return _statistics_gradients(constants, *tensors)
+def _second_derivatives(ctx: Any, cotangents: dict[int, Tensor]) -> Sequence[Tensor | None]:
+    """The plain formula, with all logits at once: correct, and slower."""
+    inputs, (upstream, scale) = _saved(ctx)
+    (hidden, *_), task = grouped(inputs)
+    places = [place for place in (_HIDDEN, _WEIGHT, _BIAS) if inputs[place] is not None]
+    if task.target.dtype in ops.CODES:
+        places.append(_TARGET)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps the inputs."""
-        ctx.constants, hidden, weight, bias, target, logit_bias, *rest = inputs
-        ctx.save_for_backward(hidden, weight, bias, target, logit_bias, *rest[5:])
+    def losses(*variables: Tensor) -> Tensor:
+        at = dict(zip(places, variables, strict=True))
+        logits = plain.linear(at[_HIDDEN], at[_WEIGHT], at.get(_BIAS), task.target, task.options.ignore_index)
+        rows = plain.row_losses(logits, at.get(_TARGET, task.target), task.class_weight, task.logit_bias, task.options)
+        scaled: Tensor = rows * scale.to(rows.dtype)
+        return scaled
 
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        """The plain formula, with all logits at once."""
-        wanted, _, softcap, temperature, want = ctx.constants
-        hidden, weight, bias, target, logit_bias, *upstreams = ctx.saved_tensors
-        factors = (hidden, weight) if bias is None else (hidden, weight, bias)
+    variables = tuple(inputs[place] for place in places)
+    of_places = tuple(cotangents.get(place) for place in places)
+    by_rows, by_variables = plain.vjp_of_vjp(losses, variables, upstream.expand(hidden.shape[0]), of_places)
+    grads: list[Any] = [None] * _INPUTS
+    for place, grad in zip(places, by_variables, strict=True):
+        grads[place] = grad
+    return by_rows.sum() if upstream.ndim == 0 else by_rows, *grads
 
-        def stats(*factors: Tensor) -> tuple[Tensor, ...]:
-            logits = torch.nn.functional.linear(*factors)
-            return plain.statistics(logits, target, logit_bias, 1, softcap, temperature, list(want[:6]))
 
-        of_wanted = tuple(u for u, w in zip(upstreams, want, strict=False) if w)
-        wanted_cotangents = tuple(c if w else None for c, w in zip(cotangents, wanted, strict=True))[: len(factors)]
-        by_wanted, by_factors = plain.vjp_of_vjp(stats, factors, of_wanted, wanted_cotangents)
-        found = iter(by_wanted)
-        by_upstreams = [next(found) if w else None for w in want[:6]]
-        return None, *by_factors, *[None] * (3 - len(by_factors)), *[None] * 7, *by_upstreams
+give_derivative("linear_cross_entropy", _keep_loss, _loss_backward)
+give_derivative("linear_cross_entropy_sampled", _keep_sample, _sampled_backward)
+give_derivative("linear_cross_entropy_backward", _keep_gradient, _gradient_backward)
+give_derivative("linear_sampled_backward", _keep_gradient, _gradient_backward)
+give_derivative("linear_soft_target_gradient", _keep_gradient, _target_gradient_backward)
+
+
+# ---- of statistics ---------------------------------------------------------------------------------------------------
+
+
+def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs, *kept_statistics(ctx, output))
+
+
+def _statistics_backward(ctx: Any, *upstreams: Tensor) -> Sequence[Tensor | None]:
+    (*factors, target, logit_bias, softcap, temperature, want), of_rows = _saved(ctx)
+    wanted = _wanted(ctx.needs_input_grad)
+    rest = (target, logit_bias, *of_rows, softcap, temperature, want, *wanted)
+    grads = torch.ops.fastloss.linear_statistics_backward(*upstreams[:6], *factors, *rest)
+    return [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+
+
+def _keep_statistics_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _save(ctx, (*inputs[:12], *inputs[17:]))
+
+
+def _statistics_gradient_backward(ctx: Any, *cotangents: Tensor) -> Sequence[Tensor | None]:
+    """The plain formula, with all logits at once."""
+    inputs, _ = _saved(ctx)
+    upstreams, (hidden, weight, bias, _, target, logit_bias) = inputs[:6], inputs[6:12]
+    softcap, temperature, want, *wanted = inputs[12:]
+    factors = (hidden, weight) if bias is None else (hidden, weight, bias)
+
+    def statistics(*factors: Tensor) -> tuple[Tensor, ...]:
+        return plain.statistics(torch.nn.functional.linear(*factors), target, logit_bias, 1, softcap, temperature, want)
+
+    of_wanted = tuple(c if w else None for c, w in zip(cotangents, wanted, strict=True))[: len(factors)]
+    by_upstreams, by_factors = gradients_of_statistics(statistics, factors, upstreams, want, of_wanted)
+    return *by_upstreams, *by_factors
+
+
+give_derivative("linear_statistics", _keep_statistics, _statistics_backward)
+give_derivative("linear_statistics_backward", _keep_statistics_gradient, _statistics_gradient_backward)

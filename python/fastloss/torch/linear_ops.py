@@ -7,6 +7,7 @@ As in `ops`, each operation is a plain function over CPU tensors, which hands th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -196,6 +197,16 @@ def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:
             grad.mul_(upstream)
 
 
+def scaled_is_rounded_once(hidden: Tensor, upstream: Tensor) -> bool:
+    """Whether gradients of 1 times the loss, multiplied by `upstream`, are as good as those of `upstream` times the loss.
+
+    Of 16 bits by a power of two alone; a GPU, which is not waited for, does not ask.
+    """
+    if is_on_gpu(upstream) or hidden.element_size() > 2:
+        return True
+    return math.frexp(abs(upstream.item()))[0] == 0.5
+
+
 def soft_target_gradient(upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: float | Tensor) -> Tensor:
     """The gradient by target probabilities, from logits that are made again."""
     projection = _projection(head, NOTHING)
@@ -284,7 +295,7 @@ def _scaled(kept: Entries, upstream: Tensor, scale: float | Tensor) -> SparseGra
 
 
 def statistics(
-    head: Head, target: Tensor | None, logit_bias: Tensor | None, softcap: float, temperature: float, want: list[bool]
+    head: Head, target: Tensor | None, logit_bias: Tensor | None, softcap: float, temperature: float, want: Sequence[bool]
 ) -> list[Tensor]:
     """The eight statistics, empty where not wanted, and `saved`."""
     if target is not None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors to kernels: pointers are seen here, and in what linear cross-entropy adds (`linear_ops`, `matmul`), and nowhere else.
 
-Each operation is a plain function over CPU tensors; those of a GPU it hands on to `fastloss.torch.cuda`. The same function,
-registered as an operator of PyTorch, serves tracing, `torch.compile` and `vmap`; in eager mode the callers skip the dispatcher,
-which costs more than a small loss does.
+Each operation is a plain function over CPU tensors; those of a GPU it hands on to `fastloss.torch.cuda`. `operators` makes
+operators of PyTorch of them; in eager mode the callers skip the dispatcher, which costs more than a small loss does.
 
 Statistics of rows (`saved`, coefficients) have the shape of the logits without the class dimension, and one more at the end.
 """
@@ -11,14 +10,15 @@ Statistics of rows (`saved`, coefficients) have the shape of the logits without 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastloss import _cpu
 from fastloss._options import INTEGER_STATISTICS, NONE, RECYCLED_FROM, STATISTICS, TARGET_STATISTICS, row_shape
@@ -31,7 +31,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_is_compiling = torch.compiler.is_compiling
+functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_tracing_state = torch._C._get_tracing_state
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 CPU = torch.device("cpu")
 _SCALAR = {dtype: torch.empty((), dtype=accumulation_dtype(dtype), device=CPU) for dtype in CODES}
@@ -53,7 +55,13 @@ class Options(NamedTuple):
 
 def eager(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors that nobody traces or transforms, so that the kernels may be called at once."""
-    if torch.compiler.is_compiling() or _functorch_active() or _dispatch_modes():
+    if (
+        _is_compiling()
+        or functorch_active()
+        or _dispatch_modes()
+        or _tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
         return False
     for tensor in tensors:
         if tensor is None:
@@ -66,12 +74,18 @@ def eager(*tensors: Tensor | None) -> bool:
     return True
 
 
+def forward_mode() -> bool:
+    """Whether tensors may have tangents, which no kernel sees."""
+    level: int = forward_ad._current_level
+    return level >= 0
+
+
 def in_memory(name: str, tensor: Tensor) -> Tensor:
     """The tensor; autograd's zero tensors, which have no memory, made real. Raises where the storage was resized to nothing.
 
     Of logits and ids it is the kernels that look, at no cost.
     """
-    if torch.compiler.is_compiling() or _functorch_active() or _dispatch_modes() or type(tensor) not in _TENSORS:
+    if _is_compiling() or functorch_active() or _dispatch_modes() or type(tensor) not in _TENSORS:
         return tensor
     if tensor.data_ptr() or tensor.is_meta or not tensor.numel():
         return tensor
@@ -264,7 +278,7 @@ def statistics(
     dim: int,
     softcap: float,
     temperature: float,
-    want: list[bool],
+    want: Sequence[bool],
 ) -> list[Tensor]:
     """The eight statistics in the order of LogitStats, empty where not wanted, and `saved`."""
     outputs = stats_outputs(logits, target, dim, want)
@@ -327,7 +341,7 @@ def saved_width(like: Tensor, classes: int) -> int:
     return 3 if like.is_cuda else 3 + (classes + _cpu.BLOCK - 1) // _cpu.BLOCK
 
 
-def stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: list[bool]) -> list[Tensor]:
+def stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: Sequence[bool]) -> list[Tensor]:
     """Room for the statistics: on logits of any kind, so that tracing sees the same shapes."""
     rows = row_shape(logits.shape, dim)
     outputs = []
@@ -337,77 +351,6 @@ def stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: list[bo
         outputs.append(logits.new_empty(shape if wanted else (0,), dtype=dtype))
     outputs.append(logits.new_empty((*rows, saved_width(logits, logits.shape[dim])), dtype=torch.float64))
     return outputs
-
-
-# ---- the same functions as operators of PyTorch ---------------------------------------------------------------------
-
-LIBRARY = torch.library.Library("fastloss", "DEF")
-_OPTIONS = "int dim, int ignore_index, float label_smoothing, float z_loss, float softcap, float temperature"
-_ROWS = f"Tensor upstream, Tensor logits, Tensor target, Tensor? weight, Tensor? bias, Tensor saved, Tensor scale, {_OPTIONS}"
-LIBRARY.define(
-    f"cross_entropy(Tensor logits, Tensor target, Tensor? weight, Tensor? bias, {_OPTIONS}, int reduction, float? denominator)"
-    " -> (Tensor loss, Tensor saved, Tensor scale)"
-)
-LIBRARY.define(f"cross_entropy_backward({_ROWS}) -> Tensor")
-LIBRARY.define(f"soft_target_gradient({_ROWS}) -> Tensor")
-LIBRARY.define(
-    "statistics(Tensor logits, Tensor? target, Tensor? bias, int dim, float softcap, float temperature, bool[] want)"
-    " -> Tensor[]"
-)
-LIBRARY.define(
-    "gradient(Tensor logits, Tensor saved, Tensor coefficients, Tensor? target, Tensor? target_coefficients, Tensor? bias,"
-    " int dim, float softcap, float temperature) -> Tensor"
-)
-
-
-def _cross_entropy_op(
-    logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *options, reduction, denominator = rest
-    target = target if target.dtype in CODES else target.contiguous()
-    loss, saved, scale = cross_entropy(logits, target, weight, bias, Options(*options), reduction, denominator, True)
-    assert saved is not None
-    return loss, saved, as_tensor(scale)
-
-
-def as_tensor(scale: float | Tensor) -> Tensor:
-    """The factor of a loss as the operators take it."""
-    return scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64, device=CPU)
-
-
-def _cross_entropy_fake(
-    logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, dim: int, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = row_shape(logits.shape, dim)
-    loss = logits.new_empty(rows if rest[-2] == NONE else (), dtype=accumulation_dtype(logits.dtype))
-    saved = logits.new_empty((*rows, saved_width(logits, logits.shape[dim])), dtype=torch.float64)
-    return loss, saved, logits.new_empty((), dtype=torch.float64)
-
-
-def _row_gradient_op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def op(*args: Any) -> Tensor:
-        upstream, logits, target, *parameters, saved, scale = args[:7]
-        target = target if target.dtype in CODES else target.contiguous()
-        factor = scale.item() if scale.is_cpu else scale
-        return function(upstream, logits, target, *parameters, saved.contiguous(), factor, Options(*args[7:]))
-
-    return op
-
-
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("cross_entropy", _cross_entropy_op, _device)
-    LIBRARY.impl("cross_entropy_backward", _row_gradient_op(cross_entropy_backward), _device)
-    LIBRARY.impl("soft_target_gradient", _row_gradient_op(soft_target_gradient), _device)
-    LIBRARY.impl("statistics", statistics, _device)
-    LIBRARY.impl("gradient", gradient, _device)
-torch.library.register_fake("fastloss::cross_entropy", _cross_entropy_fake)
-torch.library.register_fake("fastloss::cross_entropy_backward", lambda upstream, logits, *rest: torch.empty_like(logits))
-torch.library.register_fake("fastloss::soft_target_gradient", lambda upstream, logits, target, *rest: torch.empty_like(target))
-torch.library.register_fake(
-    "fastloss::statistics",
-    lambda logits, target, bias, dim, softcap, temperature, want: stats_outputs(logits, target, dim, want),
-)
-torch.library.register_fake("fastloss::gradient", lambda logits, *rest: torch.empty_like(logits))
 
 
 def symbol(name: str) -> int:

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses as plain differentiable PyTorch: second derivatives go through here, and nothing else does."""
+"""The losses as plain differentiable PyTorch: correct, and slower, with all logits in memory several times.
+
+Second derivatives go through here, forward mode, and gradients by class weights; nothing else does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastloss._options import MEAN, NONE
 from fastloss.torch.ops import CODES, Options, accumulation_dtype
 
 
@@ -20,10 +24,15 @@ def transformed(logits: Tensor, dim: int, softcap: float, temperature: float, bi
     return z if bias is None else z + bias
 
 
+def counted(rows: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Rows, and zeros for those that do not count: what is in them, NaN perhaps, reaches no derivative."""
+    return rows if target.dtype in CODES else torch.where((target != ignore_index).unsqueeze(-1), rows, 0)
+
+
 def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
     """The loss of each row."""
     dim, ignore_index, smoothing, z_loss, softcap, temperature = options
-    z = transformed(logits, dim, softcap, temperature, bias)
+    z = counted(transformed(logits, dim, softcap, temperature, bias), target, ignore_index)
     lse = torch.logsumexp(z, -1)
     gap = lse.unsqueeze(-1) - z
     weights = torch.ones(z.shape[-1], dtype=z.dtype, device=z.device) if weight is None else weight
@@ -38,6 +47,56 @@ def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tens
     return torch.where(counts, losses, 0)
 
 
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int) -> Tensor:
+    """The logits of all tokens, without what the hidden states of those that do not count hold."""
+    return torch.nn.functional.linear(counted(hidden, target, ignore_index), weight, bias)
+
+
+def scaled_losses(
+    tensors: Sequence[Any], places: Sequence[int], bias: Tensor | None, scale: Tensor, options: Options
+) -> Callable[..., Tensor]:
+    """The loss of each row times a factor, as a function of those of (logits, target, weight) at these places."""
+
+    def losses(*variables: Tensor) -> Tensor:
+        given = list(tensors)
+        for place, variable in zip(places, variables, strict=True):
+            given[place] = variable
+        logits, target, weight = given
+        rows = row_losses(logits, target, weight, bias, options)
+        scaled: Tensor = rows * scale.to(rows.dtype)
+        return scaled
+
+    return losses
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+    reduction: int,
+    denominator: float | None,
+) -> Tensor:
+    """The loss."""
+    rows = row_losses(logits, target, weight, bias, options)
+    if reduction == NONE:
+        return rows
+    total = rows.to(torch.float64).sum()
+    if reduction == MEAN:
+        total = total / (denominators(rows, target, weight, options.ignore_index).sum() if denominator is None else denominator)
+    return total.to(rows.dtype)
+
+
+def denominators(rows: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What each row adds to the denominator of the mean."""
+    if target.dtype in CODES:
+        return torch.ones_like(rows, dtype=torch.float64)
+    counts = target != ignore_index
+    weights = counts.to(torch.float64)
+    return weights if weight is None else weights * weight.to(torch.float64)[torch.where(counts, target, 0).long()]
+
+
 def statistics(
     logits: Tensor,
     target: Tensor | None,
@@ -45,7 +104,7 @@ def statistics(
     dim: int,
     softcap: float,
     temperature: float,
-    want: list[bool],
+    want: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """The wanted ones of the six differentiable statistics, in the order of LogitStats."""
     z = transformed(logits, dim, softcap, temperature, bias)
@@ -67,6 +126,14 @@ def statistics(
         lambda: p.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1),
     ]
     return tuple(formula() for formula, wanted in zip(formulas, want, strict=False) if wanted)
+
+
+def all_statistics(logits: Tensor, target: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """The outputs of the operator, those that are differentiable from their formulas."""
+    found = iter(statistics(logits, target, bias, *rest))
+    outputs = torch.ops.fastloss.statistics(logits.detach(), target, bias, *rest)
+    differentiable = [next(found) if wanted else out for out, wanted in zip(outputs[:6], rest[-1], strict=False)]
+    return *differentiable, *outputs[6:]
 
 
 def vjp_of_vjp(

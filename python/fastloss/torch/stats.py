@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastloss import _options
 from fastloss._options import STATISTICS, LogitStats
-from fastloss.torch import ops
+from fastloss.torch import ops, plain
 from fastloss.torch.arguments import as_class_ids, check_device, check_logits, per_class
-from fastloss.torch.autograd import Statistics, StatisticsUnderTransforms
 
 
 def logit_stats(
@@ -78,14 +77,14 @@ def logit_stats(
     # The gradient of max_prob needs the class that holds it.
     wanted = tuple(name in names or (name == "argmax" and "max_prob" in names) for name in STATISTICS)
 
+    arguments = (logits, ids, bias, class_dim, cap, heat, wanted)
+    outputs: Sequence[Tensor]
     if ops.eager(logits, ids, bias) and not (torch.is_grad_enabled() and logits.requires_grad):
-        outputs = ops.statistics(logits, ids, bias, class_dim, cap, heat, list(wanted))
+        outputs = ops.statistics(*arguments)
+    elif ops.forward_mode():
+        outputs = plain.all_statistics(*arguments)
     else:
-        arguments = (logits, ids, bias, class_dim, cap, heat, wanted)
-        if torch.compiler.is_compiling() or ops.eager(logits, ids, bias):
-            outputs = Statistics.apply(*arguments)
-        else:
-            outputs = StatisticsUnderTransforms.apply(*arguments)
+        outputs = torch.ops.fastloss.statistics(*arguments)
     return LogitStats(**{name: out for name, out in zip(STATISTICS, outputs, strict=False) if name in names})
 
 
