@@ -14,7 +14,7 @@ from .case import LinearCase
 
 HeadLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 ROLES = ("logits", "hidden", "weight")
-INTO_FLOAT32 = "blocks, into float32"
+BLOCKS = "blocks"
 
 
 class LossAndGradients(Job):
@@ -45,7 +45,10 @@ class Buffers:
     def __init__(self, case: LinearCase) -> None:
         self.logits = torch.full((case.tokens, case.classes), 1e-3, dtype=case.hidden.dtype)
         self.by_hidden, self.by_weight = torch.zeros_like(case.hidden), torch.zeros_like(case.weight)
-        self.sum = torch.zeros_like(case.weight, dtype=torch.float32)
+
+
+def _by_blocks(grad: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    weight_product(grad, hidden, None, out, add=add, last=True)
 
 
 class Product(Job):
@@ -53,8 +56,7 @@ class Product(Job):
 
     def __init__(self, case: LinearCase, buffers: Buffers, role: str, library: str, tokens: int) -> None:
         self.case, self.buffers, self.role, self.tokens = case, buffers, role, tokens
-        self.by_weight = buffers.by_weight if library in _PRODUCTS[role] else buffers.sum
-        self.product = _PRODUCTS[role].get(library, weight_product)
+        self.product = _PRODUCTS[role].get(library, _by_blocks)
 
     def run(self) -> None:
         hidden, weight, room = self.case.hidden, self.case.weight, self.buffers
@@ -65,17 +67,17 @@ class Product(Job):
             elif self.role == "hidden":
                 self.product(logits, weight, room.by_hidden[part])
             else:
-                self.product(logits, hidden[part], self.by_weight, False)
+                self.product(logits, hidden[part], room.by_weight, False)
 
 
 def products(case: LinearCase) -> dict[tuple[str, str, int], Job]:
     """Each product by each library for this dtype, with all tokens at once and with as many as fastloss takes.
 
-    Those of bfloat16 are PyTorch's own; that by which fastloss makes the gradient by the weights, in float32, comes along.
+    Those of bfloat16 are PyTorch's own; that by which fastloss makes the gradient by the weights comes along.
     """
     libraries = dict.fromkeys(ROLES, ("blas", "onednn") if case.dtype == "float32" else ("blas",))
     if case.dtype != "float32":
-        libraries["weight"] = ("blas", INTO_FLOAT32)
+        libraries["weight"] = ("blas", BLOCKS)
     buffers = Buffers(case)
     return {
         (role, library, size): Product(case, buffers, role, library, size)
