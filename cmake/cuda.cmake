@@ -54,6 +54,7 @@ if(FASTLOSS_CUDA STREQUAL "AUTO")
   set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
   set(CMAKE_CUDA_ARCHITECTURES ${cuda_architectures})
   try_compile(cuda_works ${CMAKE_CURRENT_BINARY_DIR}/cuda_works ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/sums.cu
+    CMAKE_FLAGS -DCMAKE_RANLIB=${CMAKE_RANLIB} # which CMake 3.25 forgets of a project in CUDA alone
     CUDA_STANDARD 17 OUTPUT_VARIABLE cuda_output)
   if(NOT cuda_works)
     message(STATUS "${cuda_output}")
