@@ -27,9 +27,10 @@ print("cross_entropy of flat logits:", float(loss))
 
 
 def check_content(wheel: str) -> None:
-    """One module, the types, the licence, and nothing that belongs to the source tree only."""
+    """The modules, those of CUDA where nvcc is found, the types, the licence; nothing that belongs to the source tree only."""
     names = zipfile.ZipFile(wheel).namelist()
-    for part in ("fastloss/_cpu.", "fastloss/py.typed", "/licenses/LICENSE"):
+    modules = ("fastloss/_cpu.", "fastloss/_cuda.") if shutil.which("nvcc") else ("fastloss/_cpu.",)
+    for part in (*modules, "fastloss/py.typed", "/licenses/LICENSE"):
         if not any(part in name for name in names):
             sys.exit(f"{wheel} has no {part}")
     strays = [name for name in names if not name.startswith("fastloss")]
