@@ -33,7 +33,11 @@ struct GradientFormula {
   template <class T>
   FASTLOSS_HD Reg at(const T* z, int i) const {
     const auto x = clamp_exponent<V>(V::sub(load_at<O>(z, i), ref));
-    const auto power = exp_clamped<V>(x);
+    return of_power(exp_clamped<V>(x), x, i);
+  }
+
+  // Of power = exp(x), in the classes from i on.
+  FASTLOSS_HD Reg of_power(Reg power, Reg x, int i) const {
     const auto plain_g = of_power(power);
     if constexpr (kPlain) return plain_g;
     const auto p = V::mul(power, inv_sum);
@@ -58,43 +62,37 @@ struct FromTag {
   static constexpr From value = kFrom;
 };
 
-// The gradient of one panel of n classes; `out` may be `in` itself. Nothing behind out + n is touched. `ahead` is memory that
-// the caller reads next. With kStream the stores go past the caches, and `out` is aligned to what one register fills.
+// The gradient of one panel of n classes; `out` may be `in` itself. Nothing behind out + n is touched. With
+// kStream the stores go past the caches, and `out` is aligned to what one register fills.
 template <class O, From kFrom, bool kStream, class In, class Out>
-inline void write_panel(const GradientTerms<O>& terms, const In* in, int n, const char* ahead, int ahead_bytes, Out* out) {
+inline void write_panel(const GradientTerms<O>& terms, const In* in, int n, Ahead& ahead, Out* out) {
   using V = typename O::V;
   const GradientFormula<O, kFrom != From::kLogits> formula{terms};
-  const auto at = [&](int i) {
-    if constexpr (kFrom == From::kPowers) {
-      return formula.of_power(load_at<O>(in, i));
+  const auto write = [&](int i, typename V::Reg g) {
+    if constexpr (kStream) {
+      V::stream(out + i * O::kRows, g);
     } else {
-      return formula.at(in, i);
+      V::store(out + i * O::kRows, g);
     }
   };
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);
-    ahead += ahead_bytes;
-#pragma GCC unroll 8
-    for (int k = 0; k < kLanes; k += O::kClasses) {
-      const auto g = at(i + k);
-      if constexpr (kStream) {
-        V::stream(out + (i + k) * O::kRows, g);
-      } else {
-        V::store(out + (i + k) * O::kRows, g);
-      }
-    }
+  const auto fetch = [&] { ahead.fetch(1, 1); };
+  const int whole = n / O::kClasses * O::kClasses;
+  if constexpr (kFrom == From::kPowers) {
+    for_registers<O>(whole, fetch, [&](int i, int) { write(i, formula.of_power(load_at<O>(in, i))); });
+  } else {
+    const auto begin = [&](int i) { return begin_exp<O>(in, i, formula.ref); };
+    for_registers_in_flight<O>(whole, fetch, begin, [&](int i, int, const BegunExp<V>& begun) {
+      write(i, formula.of_power(exp_of_split<V>(begun.split), begun.x, i));
+    });
   }
-  for (; i < n; i += O::kClasses) {
-    const auto g = at(i);
-    if (i + O::kClasses <= n) {
-      V::store(out + i * O::kRows, g);
-    } else {
-      typename V::T rest[V::kWidth];
-      V::store(rest, g);
-      for (int j = 0; i + j < n; ++j) out[i + j] = narrow<Out>(rest[j]);
-    }
+  if (whole == n) return;
+  typename V::T rest[V::kWidth];
+  if constexpr (kFrom == From::kPowers) {
+    V::store(rest, formula.of_power(load_at<O>(in, whole)));
+  } else {
+    V::store(rest, formula.at(in, whole));
   }
+  for (int j = 0; whole + j < n; ++j) out[whole + j] = narrow<Out>(rest[j]);
 }
 
 // `slope` is dz/dx, where that is the same for all classes.
@@ -143,7 +141,6 @@ void gradient_panels(const Pass& pass, const Tile& logits, const Tile& soft, int
   using V = typename O::V;
   using A = typename V::T;
   const bool softcapped = pass.transform.softcap != 0.0;
-  const int ahead_bytes = scanned.powers ? 0 : bytes_ahead(logits, rows);
   bool plain = true;
   for (int r = 0; r < rows; ++r) plain &= coefficients[r].zero || is_plain<A>(pass, soft, coefficients[r]);
   // Rows with adjacent classes go straight to memory; what lies across goes by way of the staged panels.
@@ -214,11 +211,11 @@ void gradient_panels(const Pass& pass, const Tile& logits, const Tile& soft, int
       const bool stream = direct && past_caches && reinterpret_cast<uintptr_t>(out) % (V::kWidth * sizeof(Out)) == 0;
       const auto write = [&](auto from, const auto* in) {
         constexpr From kFrom = decltype(from)::value;
-        const char* ahead = next_block(logits, block, ahead_bytes);
+        Ahead ahead = scanned.powers ? Ahead() : Ahead(logits, rows, block);
         if (stream) {
-          write_panel<O, kFrom, true>(terms, in, n, ahead, ahead_bytes, out);
+          write_panel<O, kFrom, true>(terms, in, n, ahead, out);
         } else {
-          write_panel<O, kFrom, false>(terms, in, n, ahead, ahead_bytes, out);
+          write_panel<O, kFrom, false>(terms, in, n, ahead, out);
         }
       };
       if (scanned.powers) {

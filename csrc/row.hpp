@@ -60,8 +60,7 @@ struct Lanes {
 // Registers that hold padding alone are left out, which changes no sum and no maximum. `group` is called before each kLanes
 // classes.
 template <class O, class Group, class Step>
-inline void for_registers(int n, Group group, Step step) {
-  int i = 0;
+inline void for_registers_from(int i, int n, Group group, Step step) {
   for (; i + kLanes <= n; i += kLanes) {
     group();
 #pragma GCC unroll 16
@@ -70,6 +69,45 @@ inline void for_registers(int n, Group group, Step step) {
 #pragma GCC unroll 16
   for (int k = 0; k < Lanes<O>::kRegs; ++k) {
     if (i + k * O::kClasses < n) step(i + k * O::kClasses, k);
+  }
+}
+
+template <class O, class Group, class Step>
+inline void for_registers(int n, Group group, Step step) {
+  for_registers_from<O>(0, n, group, step);
+}
+
+// The same with each step in two halves: begin(at), and V::kInFlight registers later end(at, k, what begin returned). An
+// exponential is a long chain of instructions, and a CPU looks ahead over two or three of them: halves of different registers
+// in turn keep its units busy.
+template <class O, class Group, class Begin, class End>
+inline void for_registers_in_flight(int n, Group group, Begin begin, End end) {
+  constexpr int kRegs = Lanes<O>::kRegs, kInFlight = O::V::kInFlight, kStep = kInFlight * O::kClasses;
+  constexpr bool kWholeGroups = kInFlight % kRegs == 0;
+  static_assert(kWholeGroups || kRegs % kInFlight == 0, "the place in the virtual lanes follows from the step");
+  int i = 0;
+  if (kInFlight > 1 && n >= kStep) {
+    decltype(begin(0)) begun[kInFlight];
+    const auto end_step = [&](auto then) {
+      for (int g = 0; g < kInFlight / kRegs; ++g) group();
+      const int lane = kWholeGroups ? 0 : i / O::kClasses;
+#pragma GCC unroll 16
+      for (int k = 0; k < kInFlight; ++k) {
+        end(i + k * O::kClasses, (lane + k) % kRegs, begun[k]);
+        then(k);
+      }
+    };
+#pragma GCC unroll 16
+    for (int k = 0; k < kInFlight; ++k) begun[k] = begin(k * O::kClasses);
+    for (; i + 2 * kStep <= n; i += kStep) end_step([&](int k) { begun[k] = begin(i + kStep + k * O::kClasses); });
+    end_step([](int) {});
+    i += kStep;
+  }
+  const auto both = [&](int at, int k) { end(at, k, begin(at)); };
+  if constexpr (kWholeGroups) {
+    for_registers_from<O>(i, n, group, both);
+  } else {
+    for (; i < n; i += O::kClasses) both(i, i / O::kClasses % kRegs);
   }
 }
 
@@ -102,28 +140,43 @@ inline void row_max(const typename O::T* z, int n, typename O::T* out) {
   top.reduce(V::max, out);
 }
 
+// Of the time for a block that is widened, its maximum takes one share and its exponentials the others.
+constexpr int kShares = 4;
+
 // Widens one row of n adjacent classes to a panel, and takes its maximum on the way.
 template <class O, class T>
-inline void widen_with_max(const T* x, int n, typename O::T* z, typename O::T* max) {
+inline void widen_with_max(const T* x, int n, Ahead& ahead, typename O::T* z, typename O::T* max) {
   using V = typename O::V;
   const auto lowest = -static_cast<typename O::T>(__builtin_huge_val());
-  const int whole = n / kLanes * kLanes;
-  widen_run<V>(x + whole, n - whole, z + whole);
-  for (int j = n; j < O::padded(n); ++j) z[j] = lowest;
   Lanes<O> top(lowest);
+  const int whole = n / kLanes * kLanes;
   for_registers<O>(
-      n, [] {},
+      whole, [&] { ahead.fetch(1, kShares); },
       [&](int at, int k) {
-        auto reg = V::set(0);
-        if (at < whole) {
-          reg = V::load(x + at);
-          V::store(z + at, reg);
-        } else {
-          reg = V::load(z + at);
-        }
+        const auto reg = V::load(x + at);
+        V::store(z + at, reg);
         top.reg[k] = V::max(reg, top.reg[k]);
       });
+  if (whole < n) {
+    widen_run<V>(x + whole, n - whole, z + whole);
+    for (int j = n; j < O::padded(n); ++j) z[j] = lowest;
+    for_registers_from<O>(whole, n, [] {}, [&](int at, int k) { top.reg[k] = V::max(V::load(z + at), top.reg[k]); });
+  }
   top.reduce(V::max, max);
+}
+
+// The first half of exp(z - reference).
+template <class V>
+struct BegunExp {
+  typename V::Reg x;
+  SplitExponent<V> split;
+};
+
+template <class O, class T>
+inline BegunExp<typename O::V> begin_exp(const T* z, int at, typename O::V::Reg reference) {
+  using V = typename O::V;
+  const auto x = clamp_exponent<V>(V::sub(load_at<O>(z, at), reference));
+  return {x, split_exponent<V>(x)};
 }
 
 template <class O>
@@ -131,24 +184,20 @@ struct PanelSums {
   typename O::T sum[O::kRows], sum_x[O::kRows], sum_sq[O::kRows];
 };
 
-// sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x), which stays in `powers` with kKeep. `ahead` is memory
-// that the caller reads next.
+// sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x), which stays in `powers` with kKeep.
 template <class O, bool kEntropy, bool kSquares, bool kKeep>
-inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, const char* ahead, int ahead_bytes,
-                     typename O::T* powers, PanelSums<O>& out) {
+inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, Ahead& ahead, int shares, typename O::T* powers,
+                     PanelSums<O>& out) {
   using V = typename O::V;
   Lanes<O> sum(0), sum_x(0), sum_sq(0);
   const auto reference = O::per_row(ref);
-  const auto fetch = [&] {
-    for (int byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte);
-    ahead += ahead_bytes;
-  };
-  for_registers<O>(n, fetch, [&](int at, int k) {
-    const auto x = clamp_exponent<V>(V::sub(load_at<O>(z, at), reference));
-    const auto e = exp_clamped<V>(x);
+  const auto fetch = [&] { ahead.fetch(shares, kShares); };
+  const auto begin = [&](int at) { return begin_exp<O>(z, at, reference); };
+  for_registers_in_flight<O>(n, fetch, begin, [&](int at, int k, const BegunExp<V>& begun) {
+    const auto e = exp_of_split<V>(begun.split);
     if constexpr (kKeep) V::store(powers + at * O::kRows, e);
     sum.reg[k] = V::add(sum.reg[k], e);
-    if constexpr (kEntropy) sum_x.reg[k] = V::fma(e, x, sum_x.reg[k]);
+    if constexpr (kEntropy) sum_x.reg[k] = V::fma(e, begun.x, sum_x.reg[k]);
     if constexpr (kSquares) sum_sq.reg[k] = V::fma(e, e, sum_sq.reg[k]);
   });
   sum.sum(out.sum);

@@ -205,14 +205,30 @@ inline void store_tile(const typename O::T* z, int64_t panel_size, int64_t first
   });
 }
 
-// While a block of one row is computed, the next one is fetched: so many bytes for each kLanes classes, from there.
-inline int bytes_ahead(const Tile& logits, int rows) {
-  if (rows > 1 || logits.class_step != 1) return 0;
-  return kLanes * with_storage(logits.dtype, [](auto tag) { return int(sizeof(typename decltype(tag)::Type)); });
-}
-inline const char* next_block(const Tile& logits, int64_t block, int ahead_bytes) {
-  return ahead_bytes ? logits.data + (block + 1) * (kBlock / kLanes) * ahead_bytes : nullptr;
-}
+// Memory that is read a while later, fetched bit by bit while arithmetic leaves the memory idle.
+class Ahead {
+ public:
+  // What lies this far behind a block of one row of adjacent classes; of other blocks, nothing.
+  Ahead(const Tile& logits, int rows, int64_t block) {
+    if (rows > 1 || logits.class_step != 1) return;
+    const int itemsize = with_storage(logits.dtype, [](auto tag) { return int(sizeof(typename decltype(tag)::Type)); });
+    at_ = logits.data + block * kBlock * itemsize + kBytes;
+    step_ = kLanes * itemsize;
+  }
+  Ahead() = default;
+
+  // What follows for another kLanes classes, or this share of it.
+  void fetch(int numerator, int denominator) {
+    const int step = step_ * numerator / denominator;
+    for (int byte = 0; byte < step; byte += 64) __builtin_prefetch(at_ + byte);
+    at_ += step;
+  }
+
+ private:
+  static constexpr int kBytes = 1 << 14;
+  const char* at_ = nullptr;
+  int step_ = 0;
+};
 
 FASTLOSS_HD inline bool is_identity(const Transform& t) {
   return t.inv_temperature == 1.0 && t.softcap == 0.0 && t.bias == nullptr;

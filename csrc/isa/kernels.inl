@@ -53,20 +53,21 @@ inline void sums_without_max(const typename O::T* z, int n, const typename O::T*
   for (int r = 0; r < O::kRows; ++r) {
     room[static_cast<int>(first[r]) * O::kRows + r] = -static_cast<typename O::T>(__builtin_huge_val());
   }
-  exp_sums<O, false, false, false>(room, n, max, nullptr, 0, nullptr, out);
+  Ahead nothing;
+  exp_sums<O, false, false, false>(room, n, max, nothing, 0, nullptr, out);
 }
 
 // A block of one row that is widened, or copied because its place is taken, gets its maximum on the way. False: not such a row.
 template <class O>
-inline bool stage_with_max(const Pass& pass, const Tile& logits, int rows, int64_t block, bool copy, Scratch& scratch,
-                           typename O::T* max) {
+inline bool stage_with_max(const Pass& pass, const Tile& logits, int rows, int64_t block, bool copy, Ahead& ahead,
+                           Scratch& scratch, typename O::T* max) {
   using A = typename O::T;
   if (O::kRows > 1 || rows > 1 || logits.class_step != 1 || !is_identity(pass.transform)) return false;
   return with_storage(logits.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     if constexpr (O::kRows == 1 && kNative<typename O::V, T>) {
       if (sizeof(T) == sizeof(A) && !copy) return false;
-      widen_with_max<O>(element<const T>(logits, 0, block * kBlock), block_length(pass.classes, block),
+      widen_with_max<O>(element<const T>(logits, 0, block * kBlock), block_length(pass.classes, block), ahead,
                         static_cast<A*>(scratch.logits), max);
       return true;
     }
@@ -83,12 +84,13 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
                        : pass.want & kWantEntropy ? &exp_sums<O, true, false, false>
                        : out.powers               ? &exp_sums<O, false, false, true>
                                                   : &exp_sums<O, false, false, false>;
-  const int ahead_bytes = bytes_ahead(logits, rows);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock;
     const int n = block_length(pass.classes, block);
     A max_of_row;
-    const bool max_known = stage_with_max<O>(pass, logits, rows, block, out.powers == logits.data, scratch, &max_of_row);
+    Ahead ahead(logits, rows, block);
+    const bool copy = out.powers == logits.data;
+    const bool max_known = stage_with_max<O>(pass, logits, rows, block, copy, ahead, scratch, &max_of_row);
     const Staged<A> staged =
         max_known ? Staged<A>{static_cast<A*>(scratch.logits), 0} : stage_logits<O>(pass, logits, rows, block, scratch);
     const A* weight = (pass.want & kWantWeighted) || soft.data ? stage_weight<A>(pass, block, scratch) : nullptr;
@@ -105,7 +107,7 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
       for (int r = 0; r < O::kRows; ++r) ref[r] = finite_reference(max[r]);
       PanelSums<O> sums, without = {};
       A* powers = out.powers ? powers_of<O>(pass, out, rows, block) + p * staged.panel_size : nullptr;
-      sums_of(z, n, ref, next_block(logits, block, ahead_bytes), ahead_bytes, powers, sums);
+      sums_of(z, n, ref, ahead, max_known ? kShares - 1 : kShares, powers, sums);
       bool confident = false;
       for (int r = 0; r < O::kRows; ++r) confident |= is_confident(sums.sum[r]);
       if (confident) sums_without_max<O>(z, n, ref, static_cast<A*>(scratch.derivative), without);

@@ -16,6 +16,7 @@ struct Avx2F32 {
   using Wide = Avx2F64;
   using Reg = __m256;
   static constexpr int kWidth = 8;
+  static constexpr int kInFlight = 8;
   static Reg set(T x) { return _mm256_set1_ps(x); }
   static T first(Reg a) { return _mm256_cvtss_f32(a); }
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
@@ -90,6 +91,7 @@ struct Avx2F64 {
   using Wide = Avx2F64;
   using Reg = __m256d;
   static constexpr int kWidth = 4;
+  static constexpr int kInFlight = 1;
   static Reg set(T x) { return _mm256_set1_pd(x); }
   static T first(Reg a) { return _mm256_cvtsd_f64(a); }
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }

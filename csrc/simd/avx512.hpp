@@ -16,6 +16,7 @@ struct Avx512F32 {
   using Wide = Avx512F64;
   using Reg = __m512;
   static constexpr int kWidth = 16;
+  static constexpr int kInFlight = 8;
   static Reg set(T x) { return _mm512_set1_ps(x); }
   static T first(Reg a) { return _mm512_cvtss_f32(a); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
@@ -87,6 +88,7 @@ struct Avx512F64 {
   using Wide = Avx512F64;
   using Reg = __m512d;
   static constexpr int kWidth = 8;
+  static constexpr int kInFlight = 8;
   static Reg set(T x) { return _mm512_set1_pd(x); }
   static T first(Reg a) { return _mm512_cvtsd_f64(a); }
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }

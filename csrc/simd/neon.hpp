@@ -16,6 +16,7 @@ struct NeonF32 {
   using Wide = NeonF64;
   using Reg = float32x4_t;
   static constexpr int kWidth = 4;
+  static constexpr int kInFlight = 1;
   static Reg set(T x) { return vdupq_n_f32(x); }
   static T first(Reg a) { return vgetq_lane_f32(a, 0); }
   static Reg load(const float* p) { return vld1q_f32(p); }
@@ -81,6 +82,7 @@ struct NeonF64 {
   using Wide = NeonF64;
   using Reg = float64x2_t;
   static constexpr int kWidth = 2;
+  static constexpr int kInFlight = 1;
   static Reg set(T x) { return vdupq_n_f64(x); }
   static T first(Reg a) { return vgetq_lane_f64(a, 0); }
   static Reg load(const double* p) { return vld1q_f64(p); }

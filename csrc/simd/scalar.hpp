@@ -108,6 +108,7 @@ struct ScalarF32 {
   using Wide = ScalarF64;
   using Reg = float;
   static constexpr int kWidth = 1;
+  static constexpr int kInFlight = 1;  // registers of exponentials at once (for_registers_in_flight)
   FASTLOSS_HD static Reg set(T x) { return x; }
   FASTLOSS_HD static T first(Reg a) { return a; }
   FASTLOSS_HD static Reg load(const float* p) { return *p; }
@@ -152,6 +153,7 @@ struct ScalarF64 {
   using Wide = ScalarF64;
   using Reg = double;
   static constexpr int kWidth = 1;
+  static constexpr int kInFlight = 1;
   FASTLOSS_HD static Reg set(T x) { return x; }
   FASTLOSS_HD static T first(Reg a) { return a; }
   FASTLOSS_HD static Reg load(const double* p) { return *p; }
