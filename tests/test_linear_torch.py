@@ -12,7 +12,16 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastloss.torch  # noqa: E402
 from fastloss.torch import linear_ops, matmul  # noqa: E402
-from fastloss.torch.projection import Projection  # noqa: E402
+from linear_helpers import (  # noqa: E402
+    CLASSES,
+    FEATURES,
+    FLOAT64,
+    TOKENS,
+    assert_same_gradients,
+    factors,
+    reference,
+    targets,
+)
 from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
 
 # torch.compile itself makes an instance of the class that it says must have none.
@@ -20,8 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 
 on_each_device = pytest.mark.usefixtures("device")
 
-TOKENS, CLASSES, FEATURES = 13, 37, 5
-FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
 CLASS_WEIGHT, LOGIT_BIAS = seeded(CLASSES, seed=3).abs() + 0.1, seeded(CLASSES, seed=4, scale=1.0)
 ours = fastloss.torch.linear_cross_entropy
 
@@ -38,33 +45,6 @@ def here(options):
     """With tensors on the device of the test."""
     device = torch.get_default_device()
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-
-
-def factors(dtype=torch.float64, tokens=TOKENS, classes=CLASSES, features=FEATURES):
-    shapes = ((tokens, features), (classes, features), (classes,))
-    return [seeded(*shape, seed=i, scale=1.0, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)]
-
-
-def targets(kind, tokens=TOKENS, classes=CLASSES):
-    if kind == "soft":
-        return seeded_probabilities(tokens, classes)
-    ids = seeded_ids(classes, tokens)
-    if kind == "ignored":
-        ids[::3] = -100
-    return ids
-
-
-def reference(hidden, matrix, bias, target, **options):
-    return fastloss.torch.cross_entropy(F.linear(hidden, matrix, bias), target, **options)
-
-
-def assert_same_gradients(loss, expected, inputs, upstream=None, tolerance=FLOAT64):
-    torch.testing.assert_close(loss, expected, **tolerance, equal_nan=True)
-    upstream = torch.ones_like(expected) if upstream is None else upstream
-    got = torch.autograd.grad(loss, inputs, upstream, retain_graph=True)
-    for one, other in zip(got, torch.autograd.grad(expected, inputs, upstream, retain_graph=True), strict=True):
-        assert one.dtype == other.dtype
-        torch.testing.assert_close(one, other, **tolerance, equal_nan=True)
 
 
 # ---- values and gradients ----
@@ -262,132 +242,6 @@ def test_bad_input_of_places_raises_before_any_product_is_made(case, monkeypatch
         assert word in str(raised.value)
 
 
-# ---- work and memory ----
-
-
-def test_logits_of_one_chunk_at_most_are_made_at_a_time(monkeypatch):
-    seen = []
-    logits = Projection.logits
-
-    def watched(self, tokens):
-        out = logits(self, tokens)
-        seen.append(out.shape[0])
-        return out
-
-    monkeypatch.setattr(Projection, "logits", watched)
-    hidden, weight, _ = factors()
-    ours(hidden, weight, targets("ids"), chunk_tokens=4).backward()
-    assert seen == [4, 4, 4, 1]  # each of them once: backward makes none
-
-
-def test_ignored_tokens_are_not_multiplied(monkeypatch):
-    rows = []
-    product = matmul.logits_product
-    monkeypatch.setattr(matmul, "logits_product", lambda hidden, *rest: (rows.append(len(hidden)), product(hidden, *rest)))
-    hidden, weight, _ = factors()
-    target = targets("ignored")
-    ours(hidden, weight, target)
-    assert sum(rows) == int((target != -100).sum())
-
-
-@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_products_that_nobody_needs_are_not_made(monkeypatch, needed, reduction):
-    made = []
-    for name in ("hidden_product", "weight_product"):
-        product = getattr(matmul, name)
-        monkeypatch.setattr(matmul, name, lambda *a, name=name, product=product, **k: (made.append(name), product(*a, **k)))
-    hidden, weight, _ = factors()
-    hidden.requires_grad_(needed[0])
-    weight.requires_grad_(needed[1])
-    loss = ours(hidden, weight, targets("ids"), reduction=reduction)
-    assert loss.requires_grad == any(needed)
-    if any(needed):
-        loss.sum().backward()
-    assert set(made) == {name for name, need in zip(("hidden_product", "weight_product"), needed, strict=True) if need}
-
-
-def test_without_gradients_forward_alone_is_done():
-    hidden, weight, _ = factors()
-    with torch.no_grad():
-        loss = ours(hidden, weight, targets("ids"))
-    assert not loss.requires_grad
-    assert same_bits(loss, ours(hidden, weight, targets("ids")).detach())
-
-
-@pytest.mark.parametrize("library", ["blas", "onednn"])
-def test_each_library_gives_the_product(library, monkeypatch):
-    monkeypatch.setattr(matmul, "_PINNED", library)
-    monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * 7 * FEATURES)  # blocks of seven classes
-    hidden, weight, bias = factors(torch.float32)
-    target = targets("ids")
-    loss = ours(hidden, weight, target, linear_bias=bias, chunk_tokens=4)
-    expected = reference(hidden, weight, bias, target)
-    assert_same_gradients(loss, expected, (hidden, weight, bias), tolerance={"rtol": 1e-5, "atol": 1e-6})
-
-
-# oneDNN's operator takes a bias by its pointer, whatever its strides.
-@pytest.mark.parametrize("library", ["blas", "onednn", "the faster one"])
-@pytest.mark.parametrize("strides", ["every third", "expanded", "of a place"])
-def test_each_library_takes_a_bias_of_any_strides(strides, library, monkeypatch):
-    monkeypatch.setattr(matmul, "_PINNED", None if library == "the faster one" else library)
-    monkeypatch.setattr(matmul, "_MEASURED_FROM", 1)
-    monkeypatch.setattr(matmul, "_choices", {})
-    hidden, weight, bias = factors(torch.float32)
-    bias = {
-        "every third": seeded(3 * CLASSES, scale=1.0, dtype=torch.float32)[::3],
-        "expanded": bias[:1].detach().expand(CLASSES),
-        "of a place": seeded(CLASSES, 4, scale=1.0, dtype=torch.float32)[:, 1],
-    }[strides].requires_grad_()
-    target = targets("ids")
-    tolerance = {"rtol": 1e-5, "atol": 1e-6}
-    for options in ({}, {"chunk_tokens": 4}, {"reduction": "none"}):
-        loss = ours(hidden, weight, target, linear_bias=bias, **options)
-        options.pop("chunk_tokens", None)
-        expected = reference(hidden, weight, bias, target, **options)
-        assert_same_gradients(loss, expected, (hidden, weight, bias), tolerance=tolerance)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(hidden, weight, target, linear_bias=bias, backward="sampled"), expected.mean())
-    stats = fastloss.torch.linear_logit_stats(hidden, weight, target, bias=bias, want="logprob")
-    torch.testing.assert_close(-stats.logprob, expected, **tolerance)
-
-
-@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "no blocks"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 129, 65), (32, 300, 64), (33, 128, 200), (2049, 130, 70)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_weight_products_are_sums_in_float32_rounded_once(dtype, shape, blocks, monkeypatch):
-    tokens, classes, features = shape
-    if not blocks:
-        monkeypatch.setattr(matmul, "_BLOCKS", dict.fromkeys(matmul._BLOCKS, 0))
-    monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * tokens * 50)  # blocks of fifty classes
-    grad = seeded(tokens, classes + 3, dtype=dtype)[:, :classes]  # rows with a stride
-    hidden = seeded(tokens, features, seed=1, dtype=dtype)
-    total, out = torch.empty(classes, features), torch.zeros(classes, features, dtype=dtype)
-    exact = grad.double().t() @ hidden.double()
-    scale = grad.double().abs().t() @ hidden.double().abs()
-    sums = out if dtype == torch.float32 else total
-    for times in (1, 2):
-        matmul.weight_product(grad, hidden, total, out, add=times > 1, last=times > 1)
-        assert bool(((sums.double() - times * exact).abs() <= times * tokens * 2.0**-23 * scale).all())
-    assert same_bits(out, sums.to(dtype))
-    matmul.weight_product(grad, hidden, None, out, add=False, last=True)
-    matmul.weight_product(grad, hidden, total, sums, add=False, last=False)
-    assert same_bits(out, sums.to(dtype))
-
-
-def test_the_fastest_library_is_measured_once_and_remembered(monkeypatch):
-    monkeypatch.setattr(matmul, "_MEASURED_FROM", 1)
-    monkeypatch.setattr(matmul, "_PINNED", None)
-    monkeypatch.setattr(matmul, "_choices", {})
-    measured = []
-    fastest = matmul._fastest
-    monkeypatch.setattr(matmul, "_fastest", lambda role, *rest: (measured.append(role), fastest(role, *rest))[1])
-    hidden, weight, bias = factors(torch.float32)
-    for _ in range(3):
-        ours(hidden, weight, targets("ids"), linear_bias=bias, chunk_tokens=4).backward()
-    assert sorted(measured) == ["hidden", "logits", "weight"]
-
-
 # ---- autograd ----
 
 
@@ -427,22 +281,6 @@ def test_tied_weights_get_both_gradients():
     loss = ours(torch.tanh(embedding[ids]), embedding, ids.roll(1))
     expected = reference(torch.tanh(embedding[ids]), embedding, None, ids.roll(1))
     assert_same_gradients(loss, expected, (embedding,))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("library", ["blas", "onednn"])
-def test_hidden_states_of_any_strides(library, dtype, monkeypatch):
-    monkeypatch.setattr(matmul, "_PINNED", library)
-    dense, weight, _ = factors(dtype)
-    target = targets("ids")
-    expected = torch.autograd.grad(ours(dense, weight, target, chunk_tokens=4), (dense, weight))
-    values = dense.detach()
-    for strided in (values.t().contiguous().t(), torch.stack([values] * 2, 2)[:, :, 0]):
-        assert strided.stride(1) != 1
-        hidden = strided.requires_grad_()
-        found = torch.autograd.grad(ours(hidden, weight, target, chunk_tokens=4), (hidden, weight))
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other)
 
 
 @on_each_device

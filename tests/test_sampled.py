@@ -197,6 +197,23 @@ def test_same_bits_for_any_chunks_threads_and_isa(exact_factors, set_threads):
         fastloss._cpu.set_isa(fastloss.available_isas()[-1])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_same_bits_of_real_numbers_for_any_chunks_and_threads(dtype, rng, set_threads):
+    hidden = rng.standard_normal((131, 65)).astype(dtype)
+    weight = (rng.standard_normal((3001, 65)) / 8).astype(dtype)
+    target = rng.integers(3001, size=131)
+    options = {"backward": "sampled", "threshold": 1e-5, "seed": 9, "return_grad": True}
+    results = []
+    for threads, chunk_tokens in ((1, None), (2, 1), (2, 7), (3, 48), (1, 50), (2, 100)):
+        set_threads(threads)
+        results.append(fastloss.linear_cross_entropy(hidden, weight, target, chunk_tokens=chunk_tokens, **options))
+    (expected, grads), *others = results
+    for loss, other_grads in others:
+        assert_same_bits(loss, expected)
+        for one, other in zip(other_grads[:2], grads[:2], strict=True):
+            assert_same_bits(one, other)
+
+
 def test_threshold_near_nothing_keeps_the_exact_gradient(rng):
     hidden, weight = rng.standard_normal((6, 4)), rng.standard_normal((50, 4))
     arguments = (hidden, weight, rng.integers(50, size=6))

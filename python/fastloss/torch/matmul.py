@@ -3,7 +3,9 @@
 
 In float32 PyTorch has two libraries, a BLAS (MKL on x86) behind `torch.mm` and oneDNN behind an operator of its compiler;
 which of them is faster depends on the maker of the CPU and on the product. So each product is measured once in a process, at
-its first use of some size. The environment variable FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead.
+its first use with weights of some size: always on the same number of tokens, and oneDNN must be clearly faster, so that the
+choice, and with it the last bits, depends neither on the tokens of a call nor on noise. The environment variable
+FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ from fastloss.torch.ops import address, describe, symbol
 
 Product = Callable[..., None]
 
-_MEASURED_FROM = 1 << 31  # multiplications: below, a wrong choice costs less than measuring does
+GROUP = 16  # tokens that the libraries take at once, see `whole_groups`
+_MEASURED_FROM = 1 << 20  # weights: below, a wrong choice costs less than measuring does
+_TOKENS = 256  # of what is measured
 _SAMPLE = 1 << 31  # multiplications that one measurement takes at most
+_CLEARLY = 0.9  # of the time of BLAS
 _choices: dict[str, Product] = {}
 
 
@@ -169,29 +174,24 @@ def _run(role: str, first: Tensor, second: Tensor, *rest: Any) -> None:
     if _PINNED is not None:
         products[_PINNED](first, second, *rest)
         return
-    small = first.shape[0] * _classes(role, first, second) * second.shape[1] < _MEASURED_FROM
-    if role not in _choices and not small:
-        _choices[role] = _fastest(role, first, second, rest)
+    classes = first.shape[1] if role == "weight" else second.shape[0]
+    if role not in _choices and classes * second.shape[1] >= _MEASURED_FROM:
+        _choices[role] = _fastest(role, classes, second.shape[1])
     _choices.get(role, products["blas"])(first, second, *rest)
 
 
-def _classes(role: str, first: Tensor, second: Tensor) -> int:
-    return first.shape[1] if role == "weight" else second.shape[0]
-
-
-def _fastest(role: str, first: Tensor, second: Tensor, rest: tuple[Any, ...]) -> Product:
-    """Times each library on a part of the classes, into memory of its own."""
-    tokens = first.shape[0]
-    width = second.shape[1]
-    classes = min(max(64, _SAMPLE // (tokens * width)), _classes(role, first, second))
+def _fastest(role: str, classes: int, width: int) -> Product:
+    """Times each library on some tokens and some of the classes."""
+    classes = min(classes, max(64, _SAMPLE // (_TOKENS * width)))
+    shapes = (_TOKENS, width), (classes, width), (_TOKENS, classes)
+    hidden, weight, grad = (torch.ones(shape, dtype=torch.float32, device="cpu") for shape in shapes)
     arguments: tuple[Any, ...]
     if role == "logits":
-        bias = rest[0]
-        arguments = first, second[:classes], bias if bias is None else bias[:classes], first.new_empty((tokens, classes))
+        arguments = hidden, weight, None, grad
     elif role == "hidden":
-        arguments = first[:, :classes].contiguous(), second[:classes], first.new_empty((tokens, width))
+        arguments = grad, weight, hidden
     else:
-        arguments = first[:, :classes].contiguous(), second, first.new_empty((classes, width)), False
+        arguments = grad, hidden, weight, False
 
     def seconds(product: Product) -> float:
         product(*arguments)
@@ -202,4 +202,5 @@ def _fastest(role: str, first: Tensor, second: Tensor, rest: tuple[Any, ...]) ->
             best = min(best, time.perf_counter() - start)
         return best
 
-    return min(_PRODUCTS[role].values(), key=seconds)
+    blas, onednn = _PRODUCTS[role]["blas"], _PRODUCTS[role]["onednn"]
+    return onednn if seconds(onednn) < _CLEARLY * seconds(blas) else blas

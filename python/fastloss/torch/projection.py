@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss._chunks import chunk_size, slices
+from fastloss._chunks import chunk_size, room_for, slices, whole_groups
 from fastloss.torch import matmul
 from fastloss.torch.ops import accumulation_dtype, fresh_matrix
 
@@ -50,8 +50,9 @@ class Projection:
         sums = accumulation_dtype(weight.dtype)
         summed = wanted.weight and sums != weight.dtype
         of_sum = weight.numel() * sums.itemsize // weight.element_size() if summed else 0
-        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], of_sum)
-        self._room = fresh_matrix((self._size, weight.shape[0]), weight.dtype)
+        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], matmul.GROUP, of_sum)
+        room = room_for(self._size, self.tokens, matmul.GROUP)
+        self._room = fresh_matrix((room, weight.shape[0]), weight.dtype)
         self._grad_hidden = torch.empty_like(self._hidden) if wanted.hidden else None
         self._grad_weight = fresh_matrix(weight.shape, weight.dtype) if wanted.weight else None
         self._sum_weight = fresh_matrix(weight.shape, sums) if summed and self._size < self.tokens else None
@@ -68,9 +69,14 @@ class Projection:
 
     def logits(self, tokens: slice) -> Tensor:
         """The logits of a chunk, in memory that the next chunk overwrites."""
-        out = self._room[: tokens.stop - tokens.start]
-        matmul.logits_product(self._hidden[tokens], self._weight, self._bias, out)
-        return out
+        whole = whole_groups(tokens, matmul.GROUP)
+        hidden = self._hidden[whole]
+        missing = whole.stop - whole.start - hidden.shape[0]
+        if missing:
+            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
+        out = self._room[: hidden.shape[0]]
+        matmul.logits_product(hidden, self._weight, self._bias, out)
+        return out[tokens.start - whole.start : tokens.stop - whole.start]
 
     def carry_back(self, tokens: slice, grad: Tensor) -> None:
         """Adds what a gradient by the logits of a chunk gives to the wanted gradients."""
