@@ -82,7 +82,7 @@ inline void write_panel(const GradientTerms<O>& terms, const In* in, int n, Ahea
   } else {
     const auto begin = [&](int i) { return begin_exp<O>(in, i, formula.ref); };
     for_registers_in_flight<O>(whole, fetch, begin, [&](int i, int, const BegunExp<V>& begun) {
-      write(i, formula.of_power(exp_of_split<V>(begun.split), begun.x, i));
+      write(i, formula.of_power(exp_shifted<V>(begun.x, begun.shifted), begun.x, i));
     });
   }
   if (whole == n) return;

@@ -50,35 +50,30 @@ FASTLOSS_HD inline typename V::Reg clamp_exponent(typename V::Reg x) {
   return V::max(V::set(ExpConstants<typename V::T>::kLowest), x);
 }
 
-// The first half of an exponential: S x log2 e = k + f, k in the low bits of `shifted`.
+// exp(x) in two halves, of which the first is short. For kLowest <= x <= 0 (and NaN): exp(0) is exactly 1, exp(kLowest) exactly
+// 0. What lies below the smallest normal number has an absolute error below it.
 template <class V>
-struct SplitExponent {
-  typename V::Reg shifted, f;
-};
-
-template <class V>
-FASTLOSS_HD inline SplitExponent<V> split_exponent(typename V::Reg x) {
+FASTLOSS_HD inline typename V::Reg shift_exponent(typename V::Reg x) {
   using C = ExpConstants<typename V::T>;
-  const auto shifted = V::fma(x, V::set(C::kScale), V::set(C::kMagic));
-  return {shifted, V::fma(x, V::set(C::kScale), V::sub(V::set(C::kMagic), shifted))};
+  return V::fma(x, V::set(C::kScale), V::set(C::kMagic));
 }
 
 template <class V>
-FASTLOSS_HD inline typename V::Reg exp_of_split(SplitExponent<V> exponent) {
+FASTLOSS_HD inline typename V::Reg exp_shifted(typename V::Reg x, typename V::Reg shifted) {
   using C = ExpConstants<typename V::T>;
+  const auto minus_k = V::sub(V::set(C::kMagic), shifted);
+  const auto f = V::fma(x, V::set(C::kScale), minus_k);
   auto p = V::set(C::coefficient(C::kTerms - 1));
 #pragma GCC unroll 16
-  for (int i = C::kTerms - 2; i >= 0; --i) p = V::fma(p, exponent.f, V::set(C::coefficient(i)));
-  p = V::fma(p, exponent.f, V::set(1));
+  for (int i = C::kTerms - 2; i >= 0; --i) p = V::fma(p, f, V::set(C::coefficient(i)));
+  p = V::fma(p, f, V::set(1));
   // A multiplication, not an addition to the exponent: it keeps NaN.
-  return V::mul(p, V::power_of_two(exponent.shifted));
+  return V::mul(p, V::power_of_two(shifted));
 }
 
-// exp(x) for kLowest <= x <= 0 (and NaN): exp(0) is exactly 1, exp(kLowest) exactly 0. What lies below the smallest normal
-// number has an absolute error below it.
 template <class V>
 FASTLOSS_HD inline typename V::Reg exp_clamped(typename V::Reg x) {
-  return exp_of_split<V>(split_exponent<V>(x));
+  return exp_shifted<V>(x, shift_exponent<V>(x));
 }
 
 // log(1 + r) for r >= 0 (and NaN), within 2 units in the last place: 1 + r = 2^k (1 + f), log(1 + f) = 2 artanh(f / (2 + f)).

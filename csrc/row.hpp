@@ -168,15 +168,14 @@ inline void widen_with_max(const T* x, int n, Ahead& ahead, typename O::T* z, ty
 // The first half of exp(z - reference).
 template <class V>
 struct BegunExp {
-  typename V::Reg x;
-  SplitExponent<V> split;
+  typename V::Reg x, shifted;
 };
 
 template <class O, class T>
 inline BegunExp<typename O::V> begin_exp(const T* z, int at, typename O::V::Reg reference) {
   using V = typename O::V;
   const auto x = clamp_exponent<V>(V::sub(load_at<O>(z, at), reference));
-  return {x, split_exponent<V>(x)};
+  return {x, shift_exponent<V>(x)};
 }
 
 template <class O>
@@ -194,7 +193,7 @@ inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, Ah
   const auto fetch = [&] { ahead.fetch(shares, kShares); };
   const auto begin = [&](int at) { return begin_exp<O>(z, at, reference); };
   for_registers_in_flight<O>(n, fetch, begin, [&](int at, int k, const BegunExp<V>& begun) {
-    const auto e = exp_of_split<V>(begun.split);
+    const auto e = exp_shifted<V>(begun.x, begun.shifted);
     if constexpr (kKeep) V::store(powers + at * O::kRows, e);
     sum.reg[k] = V::add(sum.reg[k], e);
     if constexpr (kEntropy) sum_x.reg[k] = V::fma(e, begun.x, sum_x.reg[k]);
