@@ -62,8 +62,8 @@ struct FromTag {
   static constexpr From value = kFrom;
 };
 
-// The gradient of one panel of n classes; `out` may be `in` itself. Nothing behind out + n is touched. With
-// kStream the stores go past the caches, and `out` is aligned to what one register fills.
+// The gradient of one panel of n classes; `out` may be `in` itself. Nothing behind out + n is touched. With kStream the
+// stores go past the caches, and `out` is aligned to what one register fills.
 template <class O, From kFrom, bool kStream, class In, class Out>
 inline void write_panel(const GradientTerms<O>& terms, const In* in, int n, Ahead& ahead, Out* out) {
   using V = typename O::V;

@@ -179,10 +179,13 @@ def class_axis(axis: object, shape: Shape, name: str, logits_name: str) -> int:
     ndim = len(shape)
     if ndim == 0:
         raise ValueError(f"{logits_name} must have a class axis, got a 0-dimensional one")
-    chosen = min(1, ndim - 1) if axis is None else index(name, axis)
-    if not -ndim <= chosen < ndim:
-        raise IndexError(f"{name} = {chosen} is out of range for {logits_name} of {ndim} dimensions")
-    chosen %= ndim
+    if axis is None:
+        chosen = 1 if ndim > 1 else 0
+    else:
+        chosen = index(name, axis)
+        if not -ndim <= chosen < ndim:
+            raise IndexError(f"{name} = {chosen} is out of range for {logits_name} of {ndim} dimensions")
+        chosen %= ndim
     if shape[chosen] == 0:
         raise ValueError(
             f"{logits_name} must have at least one class, got shape {tuple(shape)} with classes along axis {chosen}"

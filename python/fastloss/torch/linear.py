@@ -72,8 +72,8 @@ def linear_cross_entropy(
     itself has. On average at most ``1 / t`` entries and the target's are kept (with label smoothing or probabilities up to
     ``2 / t``: where a z-loss leaves s smaller than what those add to the other entries, s is the mean of both), whatever
     the number of classes, so that the two products of backward become short sums. The loss is exact. Random numbers are a
-    hash of seed, token and class: neither threads, chunks nor instruction set change a bit, as far as they leave the logits
-    alone, which a library multiplies (on a CPU in groups of tokens, so that they do: see the README).
+    hash of seed, token and class: for the same logits neither threads, chunks nor instruction set change a bit. On a CPU the
+    logits themselves are multiplied in whole groups of tokens, so that their bits do not depend on chunks (see the README).
 
     Args:
         input: hidden states ``(..., H)``; float32, float64, float16 or bfloat16.
