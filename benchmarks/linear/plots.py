@@ -114,7 +114,8 @@ def _growth(rows: list[Row]) -> Figure:
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
         axes.grid(which="major")
-        axes.legend()
+        axes.legend(loc="upper left")
+    grid[0].set_ylim(top=8 * max(row["ms"] for row in rows if "wrong" not in row))  # room for the legends
     grid[0].set_ylabel("milliseconds, loss and both gradients")
     figure.suptitle("Time over tokens, classes and features, and the nearest lines (float32)", x=0.01, ha="left")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
