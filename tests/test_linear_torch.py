@@ -39,6 +39,7 @@ OPTIONS = {
     "extras": {"z_loss": 0.1, "softcap": 3.0, "temperature": 0.7, "logit_bias": LOGIT_BIAS},
 }
 REDUCTIONS = ("mean", "sum", "none")
+needs_that_of_pytorch = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs PyTorch 2.13")
 
 
 def here(options):
@@ -72,6 +73,7 @@ CALLS = {
 }
 
 
+@needs_that_of_pytorch
 @on_each_device
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "soft"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -92,6 +94,7 @@ def test_every_call_of_pytorch_is_taken(call, reduction, soft):
     assert_same_gradients(ours(hidden, weight, target, **options), expected, (hidden, weight, bias))
 
 
+@needs_that_of_pytorch
 def test_its_arguments_start_with_those_of_pytorch():
     theirs = list(inspect.signature(F.linear_cross_entropy).parameters.values())
     mine = inspect.signature(ours).parameters
@@ -100,6 +103,7 @@ def test_its_arguments_start_with_those_of_pytorch():
         assert mine[parameter.name].default == parameter.default
 
 
+@needs_that_of_pytorch
 def test_options_of_pytorch_set_the_chunk():
     hidden, weight, _ = factors()
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4)
@@ -398,6 +402,7 @@ def test_an_exception_in_a_later_chunk_leaves_no_gradient(monkeypatch):
 # ---- module and statistics ----
 
 
+@needs_that_of_pytorch
 @on_each_device
 def test_module_has_the_state_of_that_of_pytorch():
     options = here({"bias": True, "weight": CLASS_WEIGHT, "dtype": torch.float64})
@@ -410,6 +415,7 @@ def test_module_has_the_state_of_that_of_pytorch():
     assert "backward='exact'" in repr(mine)
 
 
+@needs_that_of_pytorch
 @on_each_device
 def test_module_has_the_attributes_of_that_of_pytorch_and_shows_its_sizes():
     options = {"label_smoothing": 0.1, "ignore_index": 3, "reduction": "sum", "out_features": (2,)}
@@ -443,6 +449,7 @@ def test_bad_options_of_the_module_raise_when_it_is_made(options, error, words):
         assert word in str(raised.value)
 
 
+@needs_that_of_pytorch
 def test_module_with_places():
     theirs = torch.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, out_features=(2, 3), bias=True, dtype=torch.float64)
     mine = fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, out_features=(2, 3), bias=True, dtype=torch.float64)
