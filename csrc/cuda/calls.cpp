@@ -26,7 +26,8 @@ Device::Device(int index, uintptr_t stream) : index_(index), stream_(reinterpret
     check(cudaDeviceGetAttribute(&value, attribute, index_), "cudaDeviceGetAttribute");
   };
   ask(gpu_.multiprocessors, cudaDevAttrMultiProcessorCount);
-  ask(gpu_.l2_bytes, cudaDevAttrL2CacheSize);
+  ask(gpu_.shared_of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(gpu_.shared_of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(gpu_.clusters, cudaDevAttrClusterLaunch);
 }
 
@@ -46,15 +47,15 @@ int device_count() {
 Plan plan_of(const Tensor& logits, const Tensor& grad, const Device& device) {
   Problem p = problem(logits, {}, grad, {}, {});
   const bool one_trip = plan_loss(p, device.gpu(), static_cast<bool>(grad));
-  return {p.threads, p.warps_per_row, p.parts, one_trip};
+  return {p.warps_per_row, p.parts, one_trip};
 }
 
 size_t workspace_bytes(const Tensor& logits, const Device& device) {
   Problem p = problem(logits, {}, {}, {}, {});
-  plan(p, device.gpu().multiprocessors, true);
+  plan(p, device.gpu().multiprocessors);
   size_t bytes = Workspace(p, nullptr).bytes;
   p.adjacent = !p.adjacent;  // as it is where the gradient lies otherwise
-  plan(p, device.gpu().multiprocessors, true);
+  plan(p, device.gpu().multiprocessors);
   return std::max(bytes, Workspace(p, nullptr).bytes);
 }
 
@@ -97,7 +98,7 @@ void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, c
                             const Expected& expected, const Tensor& grad, const Device& device) {
   check_gradient(call.logits, grad);
   Problem p = loss_problem(call, grad);
-  plan(p, device.gpu().multiprocessors, true);
+  plan(p, device.gpu().multiprocessors);
   const GradientSource source{scale, upstream_of(upstream), nullptr, nullptr, expected};
   table(call.logits.dtype).gradient(p, loss_of(call), source, saved, device.stream());
 }
@@ -107,7 +108,7 @@ void soft_target_gradient(const CrossEntropyCall& call, const double* scale, con
   Problem p = problem(call.logits, {}, out, {}, call.transform);
   p.adjacent = adjacent(call.logits);  // what is written goes one by one anyway
   p.weight = call.weight;
-  plan(p, device.gpu().multiprocessors, true);
+  plan(p, device.gpu().multiprocessors);
   table(call.logits.dtype)
       .soft_gradient(p, loss_of(call), {scale, upstream_of(upstream), nullptr, nullptr, {}}, saved, device.stream());
 }
@@ -117,7 +118,7 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   Problem p = problem(logits, {}, {}, targets, transform);
   p.want = (out.entropy ? kWantEntropy : 0) | (out.sum_sq_prob ? kWantSumSq : 0) | (out.mean_logit ? kWantWeighted : 0) |
            (out.argmax ? kWantArgmax : 0);
-  plan(p, device.gpu().multiprocessors, true);
+  plan(p, device.gpu().multiprocessors);
   const Workspace room(p, memory);
   p.part = room.parts;
   const KernelTable& kernels = table(logits.dtype);
@@ -138,7 +139,7 @@ void stats_gradient(const Tensor& logits, const double* saved, const double* coe
     throw std::invalid_argument("more than one target a row: the gradient needs memory of its own");
   }
   Problem p = problem(logits, {}, grad, targets, transform);
-  plan(p, device.gpu().multiprocessors, true);
+  plan(p, device.gpu().multiprocessors);
   table(logits.dtype).gradient(p, {}, {nullptr, {}, coefficients, g, {}}, saved, device.stream());
 }
 

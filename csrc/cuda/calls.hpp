@@ -13,8 +13,9 @@ namespace fastloss::cuda {
 
 // What a plan asks of a GPU.
 struct Gpu {
-  int multiprocessors = 0, l2_bytes = 0;
-  int clusters = 0;  // whether it has clusters of blocks
+  int multiprocessors = 0;
+  int shared_of_multiprocessor = 0, shared_of_block = 0;  // bytes of shared memory, at most
+  int clusters = 0;                                       // whether it has clusters of blocks
 };
 
 // The GPU and the stream of a call. The GPU that was current before is so again at the end.
@@ -35,10 +36,10 @@ class Device {
 
 int device_count();  // 0 without a driver
 
-// How the threads of the GPU share the rows: threads of a block, warps of it that share a row, blocks that do; and whether they
-// make loss and gradient in one trip.
+// How the threads of the GPU share the rows: warps of a block that share a row, blocks that do; and whether they make loss and
+// gradient in one trip.
 struct Plan {
-  int threads, warps_per_row, parts;
+  int warps_per_row, parts;
   bool one_trip;
 };
 // Of a plain cross-entropy; `grad` may be empty.

@@ -11,8 +11,11 @@
 #include <string>
 
 #include "../simd/scalar.hpp"
+#include "problem.hpp"
 
 #define FASTLOSS_SHARED(type, name) __shared__ SharedType<type> name
+// As many as the launch asks for.
+#define FASTLOSS_SHARED_VECTORS(name) extern __shared__ Vector name[]
 // Of so many threads a block at most, and registers for so many blocks a multiprocessor.
 #define FASTLOSS_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define FASTLOSS_ARGUMENT const __grid_constant__
@@ -45,6 +48,16 @@ __device__ inline float number(BF16 x) { return widen(x); }
 __device__ inline float number(float x) { return x; }
 __device__ inline double number(double x) { return x; }
 
+// Of two numbers each in a word; the other one where one is NaN.
+__device__ inline uint32_t larger_halves(uint32_t a, uint32_t b, BF16) {
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+__device__ inline uint32_t larger_halves(uint32_t a, uint32_t b, F16) {
+  asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+
 // Rounded to nearest even.
 __device__ inline void put(float x, F16& out) { out.bits = __half_as_ushort(__float2half_rn(x)); }
 __device__ inline void put(float x, BF16& out) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
@@ -65,6 +78,19 @@ __device__ inline T from_lane_xor(T value, int mask) {
 template <class T>
 __device__ inline T from_lane(T value, int lane) {
   return __shfl_sync(kAllLanes, value, lane);
+}
+
+// A vector on its way to shared memory, past the registers. What a thread fetches between two calls of end_of_fetch() is a group;
+// all but the last kGroups of them have come when it stops waiting.
+__device__ inline void fetch_vector(Vector* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "n"(kVectorBytes)
+               : "memory");
+}
+__device__ inline void end_of_fetch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ inline void wait_for_fetched() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 // All threads of the blocks of a cluster call these. Arriving early and waiting late tells only that all blocks have begun,
@@ -108,21 +134,27 @@ struct LaunchShape {
   int parts;              // gridDim.y
   int threads;            // a block
   bool clusters = false;  // the parts of each block are one
+  int shared_bytes = 0;   // of the vectors of FASTLOSS_SHARED_VECTORS
 };
+constexpr int kSharedBytesForAll = 48 * 1024;  // more of them must be asked for
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
   if (shape.blocks == 0 || shape.parts == 0) return;
   const dim3 grid(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.parts));
+  if (shape.shared_bytes > kSharedBytesForAll) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), "shared memory");
+  }
   if (shape.clusters) {
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {1, grid.y, 1};
-    cudaLaunchConfig_t config = {grid, static_cast<unsigned>(shape.threads), 0, stream, &cluster, 1};
+    cudaLaunchConfig_t config = {grid,   static_cast<unsigned>(shape.threads), static_cast<size_t>(shape.shared_bytes),
+                                 stream, &cluster,                             1};
     check(cudaLaunchKernelEx(&config, kernel, arguments...), "kernel launch");
     return;
   }
-  kernel<<<grid, shape.threads, 0, stream>>>(arguments...);
+  kernel<<<grid, shape.threads, shape.shared_bytes, stream>>>(arguments...);
   check(cudaGetLastError(), "kernel launch");
 }
 

@@ -58,7 +58,7 @@ class RunGradient {
     }
     const GradientFormula<Along<V>, !kFull> formula{terms_};
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) z[i] = c_.zero ? A(0) : formula.at(z, i);
+    for (int i = 0; i < kSize; ++i) z[i] = formula.at(z, i);
   }
 
  private:
@@ -70,11 +70,19 @@ class RunGradient {
 
 // Everything but the targets. `out` may be the row itself.
 template <class T, class V, bool kAdjacent, bool kFull>
-__device__ inline void write_gradient(const Problem& p, const Place& at, const GradientRow& c) {
+__device__ inline void write_gradient(const Problem& p, const Place& at, const GradientRow& c, Ring& ring) {
+  using A = typename V::T;
   const T* row = row_of<const T>(p, p.logits, at.row);
   T* out = row_of<T>(p, p.grad, at.row);
+  if (c.zero) {  // whatever the logits are
+    walk<T, kAdjacent>(p, at, row, [&](const auto& run) {
+      const A zeros[std::decay_t<decltype(run)>::kSize] = {};
+      store(zeros, run, p.grad.class_step, out);
+    });
+    return;
+  }
   RunGradient<V, kFull> gradient(p, c, at.row);
-  walk_logits<T, V, kAdjacent, kFull>(p, at, row, typename V::T(0), [&](const auto& run, auto& z) {
+  walk_logits<T, V, kAdjacent>(p, at, row, A(0), ring, [&](const auto& run, auto& z) {
     gradient.apply(run, z);
     store(z, run, p.grad.class_step, out);
   });

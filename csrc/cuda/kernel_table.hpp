@@ -25,8 +25,8 @@ struct KernelTable {
   void (*multiply)(const Entries&, const Dense& matrix, const Dense& out, cudaStream_t);
   // The sum of each row, into out[rows].
   void (*row_sums)(const Entries&, const Dense& out, cudaStream_t);
-  // The one row of p times the upstream gradient, in place; nothing is read or written where that is 1.
-  void (*scale)(const Problem&, const DeviceUpstream&, cudaStream_t);
+  // One row times the upstream gradient, in place; nothing is read or written where that is 1.
+  void (*scale)(const Dense&, const DeviceUpstream&, int blocks, cudaStream_t);
 };
 
 extern const KernelTable cuda_f32, cuda_f64, cuda_f16, cuda_bf16;

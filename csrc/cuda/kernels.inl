@@ -8,21 +8,27 @@ namespace fastloss {
 namespace {
 
 // Sums over what a thread takes of its row, then over its warp.
-template <class T, class V, bool kAdjacent, bool kFull>
-__device__ inline Part scan(const Problem& p, const Place& at, bool skip) {
+template <class T, class V, bool kAdjacent, Form kForm>
+__device__ inline Part scan(const Problem& p, const Place& at, bool skip, Ring& ring) {
   using A = typename V::T;
-  Running<V, kFull, kAdjacent> running;
+  constexpr bool kFull = kForm == Form::kFull;
+  Running<V, kForm, kAdjacent> running;
   if (!skip) {
     const T* row = row_of<const T>(p, p.logits, at.row);
     const A missing = -static_cast<A>(__builtin_huge_val());
-    walk_logits<T, V, kAdjacent, kFull>(p, at, row, missing, [&](const auto& run, auto& z) {
-      [[maybe_unused]] A derivative[sizeof(z) / sizeof(A)], w[sizeof(z) / sizeof(A)], q[sizeof(z) / sizeof(A)];
-      if constexpr (kFull) {
-        transform_run<V>(p, run, z, derivative);
-        load_per_class(static_cast<const A*>(p.weight), run, w);
-        load_any(p, p.soft, at.row, run, q);
-      }
-      running.take(p, run, z, w, q);
+    walk_fetched<T, kAdjacent>(p, at, row, missing, ring, [&](const auto& fetched_run, const auto& fetched) {
+      bool holds_largest = false;
+      if constexpr (!kFull) holds_largest = running.see(fetched.template largest<A>());
+      for_pieces<V, kFull ? 32 : 64>(fetched_run, fetched, [&](const auto& run, auto& z) {
+        [[maybe_unused]] A derivative[sizeof(z) / sizeof(A)], w[sizeof(z) / sizeof(A)], q[sizeof(z) / sizeof(A)];
+        if constexpr (kFull) {
+          transform_run<V>(p, run, z, derivative);
+          load_per_class(static_cast<const A*>(p.weight), run, w);
+          load_any(p, p.soft, at.row, run, q);
+          holds_largest = running.see(largest_of(z));
+        }
+        running.take(p, run, z, w, q, holds_largest);
+      });
     });
   }
   return running.part();
@@ -40,10 +46,9 @@ __device__ inline void finish_row(const Problem& p, const Loss& loss, const Stat
 
 // The gradient of a row whose coefficients a thread has just left in shared memory; g goes with a lone target.
 template <class T, class V, bool kAdjacent, bool kFull>
-__device__ inline void write_row(const Problem& p, const Place& at, const GradientRow& coefficients,
-                                 const UpstreamsOfRow& row_g) {
+__device__ inline void write_row(const Problem& p, const Place& at, const GradientRow& c, const UpstreamsOfRow& row_g,
+                                 Ring& ring) {
   __syncthreads();
-  const GradientRow c = coefficients;
   const T* row = row_of<const T>(p, p.logits, at.there ? at.row : 0);
   const Span span = span_of<T, kAdjacent>(p, at, row);
   const auto mine = [&](int i) {
@@ -55,7 +60,7 @@ __device__ inline void write_row(const Problem& p, const Place& at, const Gradie
   const bool first = mine(at.lane);
   const auto kept = first ? target_gradient<T, V>(p, c, at.row, row_g, at.lane) : 0;
   __syncthreads();
-  if (at.there) write_gradient<T, V, kAdjacent, kFull>(p, at, c);
+  if (at.there) write_gradient<T, V, kAdjacent, kFull>(p, at, c, ring);
   __syncthreads();
   T* out = row_of<T>(p, p.grad, at.there ? at.row : 0);
   const auto put_target = [&](int i, typename V::T value) {
@@ -69,7 +74,7 @@ __device__ inline void write_row(const Problem& p, const Place& at, const Gradie
 
 // Shared memory for one thing a row, or a part of a row: one a warp, or a thread where 32 rows share the warps.
 template <bool kAdjacent>
-constexpr int kPlaces = kAdjacent ? kOneTripThreads / kWarp : kThreads;
+constexpr int kPlaces = kAdjacent ? kThreads / kWarp : kThreads;
 
 // The parts of a row lie side by side in shared memory, or 32 apart where 32 rows share the warps; so do rows themselves.
 template <bool kAdjacent>
@@ -89,22 +94,24 @@ struct SharedRow {
   }
 };
 
-// All of a row in one block: its statistics, and with kGradient the gradient as well, which finds the row in the cache.
+// All of a row in one block: its statistics, and with kGradient the gradient as well, which finds the row in shared memory.
 // More parts a row: each block leaves its sums for merge_kernel; or with kGradient for the first block of its cluster. Without
 // memory for the gradient it makes the statistics alone, to the same bits.
-template <class T, bool kAdjacent, bool kFull, bool kGradient>
-FASTLOSS_KERNEL((kAdjacent && kGradient && !kFull ? kOneTripThreads : kThreads), (kGradient || kFull ? 1 : 3))
+template <class T, bool kAdjacent, Form kForm, bool kGradient>
+FASTLOSS_KERNEL(kThreads, (kForm == Form::kFull ? 2 : 3))
 scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT Statistics out,
             FASTLOSS_ARGUMENT GradientSource source) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
   FASTLOSS_SHARED(Part[kPlaces<kAdjacent> * (kAdjacent && kGradient ? kMostOfCluster : 1)], parts);
+  FASTLOSS_SHARED_VECTORS(vectors);
+  Ring ring(vectors, p.batches);
   const Place at = place(p);
   const bool in_cluster = kAdjacent && kGradient && p.parts > 1;
   if (in_cluster) cluster_arrive();  // early: the wait comes when all have long begun
   const SharedRow<kAdjacent> shared(at);
   const bool skip = !at.there || (loss.wanted && label_of<A>(p, loss, at.row).ignored);
-  const Part part = scan<T, V, kAdjacent, kFull>(p, at, skip);
+  const Part part = scan<T, V, kAdjacent, kForm>(p, at, skip, ring);
   const bool speaks = !kAdjacent || shared.lane == 0;
   if (!kGradient && p.parts > 1) {
     if (speaks && at.there) p.part[(at.row * p.parts + at.part) * p.warps_per_row + at.warp] = part;
@@ -125,7 +132,7 @@ scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_A
     if (shared.is_leader && at.there) {
       coefficients[shared.row(at)] = coefficients_of<A>(p, loss, source, loss.saved, at.row, g);
     }
-    write_row<T, V, kAdjacent, kFull>(p, at, coefficients[shared.row(at)], {nullptr, g});
+    write_row<T, V, kAdjacent, kForm == Form::kFull>(p, at, coefficients[shared.row(at)], {nullptr, g}, ring);
   }
 }
 
@@ -144,12 +151,14 @@ merge_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_
 }
 
 template <class T, bool kAdjacent, bool kFull>
-FASTLOSS_KERNEL(kThreads, (kFull ? 1 : 2))
+FASTLOSS_KERNEL(kThreads, (kFull ? 2 : 3))
 gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source,
                 const double* saved) {
   using V = typename AccumulatedIn<T>::V;
   FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
+  FASTLOSS_SHARED_VECTORS(vectors);
   if (made_by_forward(source)) return;
+  Ring ring(vectors, p.batches);
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   double g = 0.0;
@@ -157,7 +166,7 @@ gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
     coefficients[shared.row(at)] = coefficients_of<typename V::T>(p, loss, source, saved, at.row, g);
   }
   write_row<T, V, kAdjacent, kFull>(p, at, coefficients[shared.row(at)],
-                                    {loss.wanted ? nullptr : source.g + at.row * p.ids.k, g});
+                                    {loss.wanted ? nullptr : source.g + at.row * p.ids.k, g}, ring);
 }
 
 // One target after the other: how many classes a stable descending sort puts before it.
@@ -167,6 +176,8 @@ rank_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Statistics out) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
   FASTLOSS_SHARED(double[kPlaces<kAdjacent>], counts);
+  FASTLOSS_SHARED_VECTORS(vectors);
+  Ring ring(vectors, p.batches);
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   const T* row = row_of<const T>(p, p.logits, at.there ? at.row : 0);
@@ -176,7 +187,7 @@ rank_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Statistics out) {
     double count = 0.0;
     if (valid) {
       const A target_z = logit_at<T, V>(p, row, id).z;
-      walk_logits<T, V, kAdjacent, true>(p, at, row, A(0), [&](const auto& run, auto& z) {
+      walk_logits<T, V, kAdjacent>(p, at, row, A(0), ring, [&](const auto& run, auto& z) {
         constexpr int kSize = sizeof(z) / sizeof(A);
         A derivative[kSize];
         transform_run<V>(p, run, z, derivative);
@@ -203,13 +214,15 @@ soft_gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, F
                      const double* saved) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
+  FASTLOSS_SHARED_VECTORS(vectors);
+  Ring ring(vectors, p.batches);
   const Place at = place(p);
   if (!at.there) return;
   const T* row = row_of<const T>(p, p.logits, at.row);
   const A scale = static_cast<A>(upstream_of(source, at.row) * (1.0 - loss.label_smoothing));
   const A max = static_cast<A>(saved[3 * at.row]);
   const A log_sum = static_cast<A>(log1p_nonnegative<CudaF64>(saved[3 * at.row + 1]));
-  walk_logits<T, V, kAdjacent, true>(p, at, row, A(0), [&](const auto& run, auto& z) {
+  walk_logits<T, V, kAdjacent>(p, at, row, A(0), ring, [&](const auto& run, auto& z) {
     constexpr int kSize = sizeof(z) / sizeof(A);
     A derivative[kSize], w[kSize];
     transform_run<V>(p, run, z, derivative);
@@ -223,29 +236,33 @@ soft_gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, F
 // ---- launches --------------------------------------------------------------------------------------------------------------
 
 inline LaunchShape shape_of(const Problem& p) {
-  const int64_t rows = p.threads / kWarp / p.warps_per_row * (p.adjacent ? 1 : kWarp);
-  return {(p.rows + rows - 1) / rows, p.parts, p.threads};
+  const int64_t rows = kThreads / kWarp / p.warps_per_row * (p.adjacent ? 1 : kWarp);
+  return {(p.rows + rows - 1) / rows, p.parts, kThreads, false, ring_bytes(p)};
 }
 
-// Calls f with the constants that choose a kernel: (adjacent, full).
+template <Form kForm>
+using FormTag = std::integral_constant<Form, kForm>;
+
+// Calls f with the constants that choose a kernel: (adjacent, form).
 template <class F>
-void choose(const Problem& p, bool full, F f) {
-  if (p.adjacent) {
-    full ? f(std::true_type{}, std::true_type{}) : f(std::true_type{}, std::false_type{});
-  } else {
-    full ? f(std::false_type{}, std::true_type{}) : f(std::false_type{}, std::false_type{});
-  }
+void choose(const Problem& p, Form form, F f) {
+  const auto with_form = [&](auto adjacent) {
+    form == Form::kFull      ? f(adjacent, FormTag<Form::kFull>{})
+    : form == Form::kMoments ? f(adjacent, FormTag<Form::kMoments>{})
+                             : f(adjacent, FormTag<Form::kPlain>{});
+  };
+  p.adjacent ? with_form(std::true_type{}) : with_form(std::false_type{});
 }
 
 template <class T>
 void launch_scan(const Problem& p, const Loss& loss, const Statistics& out, const GradientSource* source, cudaStream_t stream) {
-  choose(p, is_full(p), [&](auto adjacent, auto full) {
-    if (source) {
+  choose(p, form_of(p), [&](auto adjacent, auto form) {
+    if (!source) {
+      launch(scan_kernel<T, adjacent.value, form.value, false>, shape_of(p), stream, p, loss, out, GradientSource{});
+    } else if constexpr (form.value != Form::kMoments) {  // which no loss asks for
       LaunchShape shape = shape_of(p);
       shape.clusters = p.parts > 1;
-      launch(scan_kernel<T, adjacent.value, full.value, true>, shape, stream, p, loss, out, *source);
-    } else {
-      launch(scan_kernel<T, adjacent.value, full.value, false>, shape_of(p), stream, p, loss, out, GradientSource{});
+      launch(scan_kernel<T, adjacent.value, form.value, true>, shape, stream, p, loss, out, *source);
     }
   });
 }
@@ -264,8 +281,8 @@ void launch_rank(const Problem& p, const Statistics& out, cudaStream_t stream) {
 template <class T>
 void launch_gradient(const Problem& p, const Loss& loss, const GradientSource& source, const double* saved,
                      cudaStream_t stream) {
-  choose(p, is_full(p) || source.coefficients, [&](auto adjacent, auto full) {
-    launch(gradient_kernel<T, adjacent.value, full.value>, shape_of(p), stream, p, loss, source, saved);
+  choose(p, source.coefficients ? Form::kFull : form_of(p), [&](auto adjacent, auto form) {
+    launch(gradient_kernel<T, adjacent.value, form.value == Form::kFull>, shape_of(p), stream, p, loss, source, saved);
   });
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "linear.hpp"
 
-#include <limits>
+#include <algorithm>
 #include <stdexcept>
 
 #include "plan.hpp"
@@ -48,7 +48,7 @@ void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void
 void sample_chunk(const CrossEntropyCall& call, double* saved, const Sample& sample, const Device& device) {
   if (!adjacent(call.logits)) throw std::invalid_argument("sampling needs logits whose classes lie side by side");
   Problem p = loss_problem(call, {});
-  p.warps_per_row = kThreads / 32;
+  plan_blocks_of_rows(p);
   Loss loss = loss_of(call);
   loss.saved = saved;
   table(call.logits.dtype).sample(p, loss, sample, device.stream());
@@ -63,15 +63,9 @@ void row_sums(const Entries& entries, Dtype dtype, const Dense& out, const Devic
 }
 
 void scale(const Dense& numbers, Dtype dtype, const Upstream& upstream, const Device& device) {
-  Problem p;
-  p.rows = 1;
-  p.classes = numbers.width;
-  p.logits.data = numbers.data;
-  p.logits.dtype = dtype;
-  p.extents[0] = 1;
-  plan(p, device.gpu().multiprocessors, true, std::numeric_limits<int>::max());  // nothing is merged: as many as fill the GPU
-  p.warps_per_row = kThreads / 32;
-  table(dtype).scale(p, {upstream.data, upstream.dtype, 0}, device.stream());
+  constexpr int64_t kNumbersOfBlock = 64 * kThreads;
+  const int64_t wanted = (numbers.width + kNumbersOfBlock - 1) / kNumbersOfBlock, most = 8 * device.gpu().multiprocessors;
+  table(dtype).scale(numbers, {upstream.data, upstream.dtype, 0}, static_cast<int>(std::min(wanted, most)), device.stream());
 }
 
 }  // namespace fastloss::cuda

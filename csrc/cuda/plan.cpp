@@ -11,12 +11,14 @@ namespace fastloss::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int64_t kVector = 16;                      // bytes of a load
-constexpr int64_t kWarpBytes = 4 * kWarp * kVector;  // what a warp loads at a time
-constexpr int64_t kPartBytes = 16 * kWarpBytes;      // a row is split into no less
-constexpr int kBlocksOfMultiprocessor = 2;           // fewer blocks than these: split the rows
-constexpr int64_t kStridedClasses = 8;               // a thread's, at a time
-constexpr int kMultiprocessorsOfBlock = 8;           // of a cluster, at least: small GPUs may take none of 8
+constexpr int64_t kWarpBytes = kBatch * kWarp * kVectorBytes;  // what a warp loads at a time
+constexpr int64_t kMostClasses = INT32_MAX - (1 << 20);        // a thread steps past the end of a row
+constexpr int64_t kPartBytes = 16 * kWarpBytes;                // a row is split into no less
+constexpr int64_t kMostParts = 64;                             // of a row whose parts are merged
+constexpr int kBlocksOfMultiprocessor = 3;                     // at a time: for fewer in all, rows are split
+constexpr int kOtherBytes = 8 << 10;                           // of shared memory, that a block takes beside its rings, at most
+constexpr int64_t kStridedClasses = 8;                         // a thread's, at a time
+constexpr int kMultiprocessorsOfBlock = 8;                     // of a cluster, at least: small GPUs may take none of 8
 
 // The largest power of two that is at most `value`, between 1 and `most`.
 int power_of_two(int64_t value, int most) {
@@ -25,20 +27,26 @@ int power_of_two(int64_t value, int most) {
   return power;
 }
 
-// The fewest blocks a row with which the rows in flight, one block a multiprocessor, take at most half of the L2 cache, and the
-// last rows leave at most a quarter of the GPU idle; 0 where no number does, or there are no clusters. The other half is for
-// the gradient, which goes through the cache as well where it has memory of its own; idle for a quarter of the time is still
-// better than reading the row a second time. Where classes lie apart, 32 rows come at a time: short ones stay in the cache, and
-// those of a large vocabulary would not in a cluster either.
-int cluster_of(const Problem& p, const Gpu& gpu) {
+// The most batches that a thread can have of one of so many parts of a row.
+int batches_of(const Problem& p, int parts) {
+  const int64_t vectors = p.classes * itemsize_of(p.logits.dtype) / kVectorBytes;
+  const int64_t of_part = (vectors + parts - 1) / parts, of_batch = kBatch * kWarp * p.warps_per_row;
+  return static_cast<int>(std::min<int64_t>((of_part + of_batch - 1) / of_batch, INT32_MAX / 2));
+}
+
+// Blocks that take a row in one trip, a cluster if there are several: the fewest that have room for all of it, beside others at
+// work on other rows, and that leave at most a quarter of the GPU idle. 0 where no number does. A block that had its
+// multiprocessor for itself would leave the memory idle between its loads and its stores.
+int blocks_of_row(const Problem& p, const Gpu& gpu) {
   const int64_t bytes = p.classes * itemsize_of(p.logits.dtype);
+  const bool clusters = gpu.clusters && have_clusters();
   const int64_t most = std::min<int64_t>({kMostOfCluster, bytes / kPartBytes, gpu.multiprocessors / kMultiprocessorsOfBlock});
-  if (!gpu.clusters || !p.adjacent || most < 2 || !have_clusters()) return 0;
-  for (int blocks = 1; blocks <= most; blocks *= 2) {
-    const int64_t at_once = gpu.multiprocessors / blocks, turns = (p.rows + at_once - 1) / at_once;
-    const bool stays = 2 * std::min(p.rows, at_once) * bytes <= gpu.l2_bytes || 2 * blocks > most;
-    const bool fills = 4 * p.rows * blocks >= 3 * turns * gpu.multiprocessors;
-    if (stays && fills) return blocks;
+  for (int blocks = 1; blocks == 1 || (clusters && blocks <= most); blocks *= 2) {
+    const int64_t shared = int64_t(batches_of(p, blocks)) * kBatchBytes + kOtherBytes;
+    const bool last = !clusters || 2 * blocks > most;
+    const bool fits = shared <= gpu.shared_of_block && shared * (last ? 1 : kBlocksOfMultiprocessor) <= gpu.shared_of_multiprocessor;
+    const bool fills = 4 * p.rows * blocks >= 3 * gpu.multiprocessors || bytes < 2 * kPartBytes;
+    if (fits && fills) return blocks;
   }
   return 0;
 }
@@ -71,6 +79,10 @@ Problem problem(const Tensor& logits, const Tensor& soft, const Tensor& grad, co
   Problem p;
   p.rows = row_count(logits);
   p.classes = logits.shape[logits.axis];
+  if (p.classes > kMostClasses) {
+    throw std::invalid_argument("rows of " + std::to_string(p.classes) + " classes: the kernels of a GPU take at most " +
+                                std::to_string(kMostClasses));
+  }
   p.axes = static_cast<int>(axes.size());
   for (int axis = 0; axis < p.axes; ++axis) p.extents[axis] = axes[axis].extent;
   const auto place = [&](const Tensor& tensor, RowLayout::Part part, Matrix& matrix) {
@@ -89,25 +101,31 @@ Problem problem(const Tensor& logits, const Tensor& soft, const Tensor& grad, co
   return p;
 }
 
-void plan(Problem& p, int multiprocessors, bool may_split, int64_t may_have_parts) {
+void plan(Problem& p, int multiprocessors) {
   const int64_t bytes = p.classes * itemsize_of(p.logits.dtype);
+  constexpr int kWarps = kThreads / kWarp;
   int64_t blocks, most_parts;
   if (p.adjacent) {
-    p.threads = may_split || is_full(p) ? kThreads : kOneTripThreads;
-    p.warps_per_row = power_of_two(bytes / kWarpBytes, p.threads / kWarp);
-    blocks = p.rows / (p.threads / kWarp / p.warps_per_row);
+    p.warps_per_row = power_of_two(bytes / kWarpBytes, kWarps);
+    blocks = p.rows / (kWarps / p.warps_per_row);
     most_parts = bytes / kPartBytes;
   } else {
-    p.threads = kThreads;
-    p.warps_per_row = power_of_two(p.classes / kStridedClasses, p.threads / kWarp);
-    blocks = p.rows / (p.threads / p.warps_per_row);
-    most_parts = p.classes / (kStridedClasses * p.threads / kWarp);
+    p.warps_per_row = power_of_two(p.classes / kStridedClasses, kWarps);
+    blocks = p.rows / (kThreads / p.warps_per_row);
+    most_parts = p.classes / (kStridedClasses * kWarps);
   }
   const int64_t wanted = kBlocksOfMultiprocessor * multiprocessors;
-  if (may_split && blocks < wanted) {
+  p.parts = 1;
+  if (blocks < wanted) {
     const int64_t parts = std::min(wanted / std::max<int64_t>(blocks, 1), most_parts);
-    p.parts = static_cast<int>(std::clamp<int64_t>(parts, 1, may_have_parts));
+    p.parts = static_cast<int>(std::clamp<int64_t>(parts, 1, kMostParts));
   }
+  p.batches = p.adjacent ? std::min(kAhead, batches_of(p, p.parts)) : 0;
+}
+
+void plan_blocks_of_rows(Problem& p) {
+  p.warps_per_row = kThreads / kWarp;
+  p.batches = std::min(kAhead, batches_of(p, 1));
 }
 
 Problem loss_problem(const CrossEntropyCall& call, const Tensor& grad) {
@@ -128,15 +146,14 @@ Loss loss_of(const CrossEntropyCall& call) {
 }
 
 bool plan_loss(Problem& p, const Gpu& gpu, bool gradient) {
-  plan(p, gpu.multiprocessors, true);
+  plan(p, gpu.multiprocessors);
   if (!gradient) return false;
-  const int cluster = cluster_of(p, gpu);
-  const bool one_trip = cluster > 0 || p.parts == 1;
-  if (one_trip) {
-    plan(p, gpu.multiprocessors, false);
-    p.parts = std::max(cluster, 1);
-  }
-  return one_trip;
+  if (!p.adjacent) return p.parts == 1;
+  const int blocks = blocks_of_row(p, gpu);
+  if (blocks == 0) return false;
+  p.parts = blocks;
+  p.batches = batches_of(p, blocks);
+  return true;
 }
 
 double divisor_of(const double* denominator, Reduction reduction, bool soft, int64_t rows) {

@@ -15,16 +15,16 @@ bool adjacent(const Tensor& tensor);
 Problem problem(const Tensor& logits, const Tensor& soft, const Tensor& grad, const Targets& targets,
                 const Transform& transform);
 
-constexpr int64_t kMostParts = 64;  // of a row whose parts are merged
-
 // Shares rows among warps, and among blocks where there are too few rows to fill the GPU.
-void plan(Problem& p, int multiprocessors, bool may_split, int64_t may_have_parts = kMostParts);
+void plan(Problem& p, int multiprocessors);
+// A block a row.
+void plan_blocks_of_rows(Problem& p);
 
 Problem loss_problem(const CrossEntropyCall& call, const Tensor& grad);
 Loss loss_of(const CrossEntropyCall& call);
 
-// The plan of a loss, or of loss and gradient; whether these take one trip, by one block or one cluster of blocks a row. With
-// few rows that would leave most of the GPU idle.
+// The plan of a loss, or of loss and gradient; whether these take one trip, by one block or one cluster of blocks a row, whose
+// shared memory keeps it.
 bool plan_loss(Problem& p, const Gpu& gpu, bool gradient);
 
 // What the sum of the losses is divided by; 0: by the weights of the rows that count.

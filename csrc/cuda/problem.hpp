@@ -6,10 +6,11 @@
 
 namespace fastloss {
 
-constexpr int kThreads = 256;  // of a block
-constexpr int kOneTripThreads =
-    512;                           // of one that comes back to its row: fewer rows at a time, so that all stay in the L2 cache
+constexpr int kThreads = 256;      // of a block
 constexpr int kMostOfCluster = 8;  // blocks; what every GPU with clusters takes
+constexpr int kVectorBytes = 16;   // what a thread loads at once
+constexpr int kBatch = 4;          // so many times
+constexpr int kAhead = 3;          // batches on their way through shared memory
 constexpr int kMaxAxes = 16;       // of rows that do not lie behind each other
 
 // The rows of one tensor: `steps` along each axis of rows, in elements.
@@ -32,6 +33,11 @@ struct Part {
   int64_t argmax;
 };
 
+// What goes through shared memory.
+struct alignas(kVectorBytes) Vector {
+  uint32_t word[kVectorBytes / 4];
+};
+
 struct Problem {
   int64_t rows = 0, classes = 0;
   int axes = 1;
@@ -44,17 +50,29 @@ struct Problem {
   // How threads share a row: `adjacent` where its classes lie side by side. Then the lanes of a warp take neighbouring classes
   // of one row, else the same class of neighbouring rows.
   bool adjacent = true;
-  int threads = kThreads;
   int warps_per_row = 1;  // warps of a block that share a row, or 32 rows
   int parts = 1;          // blocks that share them: in one trip a cluster of blocks
+  int batches = 0;        // that the ring of a thread in shared memory has room for
   Part* part = nullptr;   // [rows][parts * warps_per_row], where the parts are merged by another kernel
 };
 
-// Whether a row needs more than exponentials of its logits as they are.
-inline bool is_full(const Problem& p) {
+// Shared memory of the rings of a block.
+constexpr int kBatchBytes = kBatch * kThreads * kVectorBytes;
+inline int ring_bytes(const Problem& p) { return p.batches * kBatchBytes; }
+
+// What a scan makes of a row.
+enum class Form {
+  kPlain,    // sums of the exponentials of its logits as they are
+  kMoments,  // and of their squares, and of their products with the logits
+  kFull,     // all that a Problem can ask for
+};
+
+inline Form form_of(const Problem& p) {
   const Transform& t = p.transform;
-  return t.inv_temperature != 1.0 || t.softcap != 0.0 || t.bias || p.soft.data || p.weight ||
-         (p.want & (kWantEntropy | kWantSumSq | kWantWeighted));
+  if (t.inv_temperature != 1.0 || t.softcap != 0.0 || t.bias || p.soft.data || p.weight || (p.want & kWantWeighted)) {
+    return Form::kFull;
+  }
+  return p.want & (kWantEntropy | kWantSumSq) ? Form::kMoments : Form::kPlain;
 }
 
 // Cross-entropy. Ids out of range get NaN.

@@ -99,6 +99,8 @@ sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS
   FASTLOSS_SHARED(A, target_value);
   FASTLOSS_SHARED(A, threshold);
   FASTLOSS_SHARED(int[2][kBlockWarps], kept_of_warp);
+  FASTLOSS_SHARED_VECTORS(vectors);
+  Ring ring(vectors, p.batches);
   const Place at = place(p);
   const Label label = label_of<A>(p, loss, at.row);
   if (p.ids.data && label.ignored) return;  // the whole block
@@ -125,12 +127,11 @@ sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS
   Places places(kept_of_warp);
   RunGradient<V, kFull> gradient(p, c, at.row);
   const T* row = row_of<const T>(p, p.logits, at.row);
-  // In flight and in registers as walk_logits has it; but a run is kept as a whole, so that it takes one barrier.
-  constexpr int kLoads = kFull ? 2 : 4, kMost = 32 / sizeof(A);
-  walk<T, true, kLoads>(p, at, row, [&](auto run) {
-    using R = decltype(run);
+  // As walk_logits has it; but a run is kept as a whole, so that it takes one barrier.
+  constexpr int kMost = 32 / sizeof(A);
+  walk_fetched<T, true>(p, at, row, A(0), ring, [&](const auto& run, const auto& fetched) {
+    using R = std::decay_t<decltype(run)>;
     constexpr int kPiece = R::kSize < kMost ? R::kSize : kMost;
-    const Fetched<T, R> fetched(row, 1, run, A(0));
     A z[R::kSize];
 #pragma unroll
     for (int i = 0; i < R::kSize / kPiece; ++i) {
@@ -153,8 +154,9 @@ sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS
 
 template <class T>
 void launch_sample(const Problem& p, const Loss& loss, const Sample& sample, cudaStream_t stream) {
-  is_full(p) ? launch(sample_kernel<T, true>, {p.rows, 1, kThreads}, stream, p, loss, sample)
-             : launch(sample_kernel<T, false>, {p.rows, 1, kThreads}, stream, p, loss, sample);
+  const LaunchShape shape = {p.rows, 1, kThreads, false, ring_bytes(p)};
+  form_of(p) == Form::kFull ? launch(sample_kernel<T, true>, shape, stream, p, loss, sample)
+                            : launch(sample_kernel<T, false>, shape, stream, p, loss, sample);
 }
 
 }  // namespace

@@ -112,21 +112,25 @@ row_sums_kernel(FASTLOSS_ARGUMENT Entries e, FASTLOSS_ARGUMENT Dense out) {
 
 template <class T>
 FASTLOSS_KERNEL(kThreads, 1)
-scale_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT DeviceUpstream upstream) {
+scale_kernel(T* numbers, int64_t count, FASTLOSS_ARGUMENT DeviceUpstream upstream) {
   using A = typename AccumulatedIn<T>::V::T;
+  constexpr int kRun = kVectorBytes / sizeof(T);
   const A factor = static_cast<A>(element(upstream.data, upstream.dtype, 0));
   if (factor == A(1)) return;
-  const Place at = place(p);
-  T* row = row_of<T>(p, p.logits, 0);
-  walk<T, true, 4>(p, at, row, [&](auto run) {
-    using R = decltype(run);
-    const Fetched<T, R> fetched(row, 1, run, A(0));
-    A x[R::kSize];
+  const bool aligned = reinterpret_cast<uintptr_t>(numbers) % kVectorBytes == 0;
+  const int64_t vectors = aligned ? count / kRun : 0, threads = int64_t{gridDim.x} * kThreads;
+  const int64_t mine = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  for (int64_t i = mine; i < vectors; i += threads) {
+    const Run<kRun, kRun> run = {0, 0, 1};
+    T* place = numbers + i * kRun;
+    const Fetched<T, Run<kRun, kRun>> fetched(place, 1, run, A(0));
+    A x[kRun];
     fetched.numbers(0, x);
 #pragma unroll
-    for (int i = 0; i < R::kSize; ++i) x[i] *= factor;
-    store(x, run, 1, row);
-  });
+    for (int j = 0; j < kRun; ++j) x[j] *= factor;
+    store(x, run, 1, place);
+  }
+  for (int64_t i = vectors * kRun + mine; i < count; i += threads) put(number(numbers[i]) * factor, numbers[i]);
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------------
@@ -150,8 +154,8 @@ void launch_row_sums(const Entries& e, const Dense& out, cudaStream_t stream) {
 }
 
 template <class T>
-void launch_scale(const Problem& p, const DeviceUpstream& upstream, cudaStream_t stream) {
-  launch(scale_kernel<T>, {1, p.parts, kThreads}, stream, p, upstream);
+void launch_scale(const Dense& numbers, const DeviceUpstream& upstream, int blocks, cudaStream_t stream) {
+  launch(scale_kernel<T>, {blocks, 1, kThreads}, stream, reinterpret_cast<T*>(numbers.data), numbers.width, upstream);
 }
 
 }  // namespace

@@ -12,25 +12,29 @@ namespace {
 
 __device__ inline double exp_nonpositive(double x) { return exp_clamped<CudaF64>(clamp_exponent<CudaF64>(x)); }
 
-template <class V, bool kFull, bool kAdjacent>
+template <class V, Form kForm, bool kAdjacent>
 class Running {
  public:
   using A = typename V::T;
 
-  // z of the run, -inf where it has no element; `q` and `w` in full alone. Overwrites z.
-  template <class R>
-  __device__ void take(const Problem& p, const R& run, A (&z)[R::kSize], const A (&w)[R::kSize], const A (&q)[R::kSize]) {
-    A top = z[0];
-#pragma unroll
-    for (int i = 1; i < R::kSize; ++i) top = larger(z[i], top);
+  // The largest of the logits that come next; whether it is the first of the largest so far.
+  __device__ bool see(A top) {
     const bool raised = kAdjacent ? any_lane(top > max_) : top > max_;
     if (raised) raise(kAdjacent ? max_over_warp(top > max_ ? top : max_) : top);
+    return raised && top == max_;
+  }
+
+  // z of the run, -inf where it has no element; `q` and `w` in full alone. Overwrites z; sets the largest aside where it is
+  // among them.
+  template <class R>
+  __device__ void take(const Problem& p, const R& run, A (&z)[R::kSize], const A (&w)[R::kSize], const A (&q)[R::kSize],
+                       bool& holds_largest) {
     const A ref = finite_reference(max_);
     if constexpr (kFull) {
       if (p.want & kWantWeighted) add_weighted<false, R::kSize>(z, w, q, ref, weighted_, weight_);
       if (p.soft.data) add_weighted<true, R::kSize>(z, w, q, ref, soft_, soft_weight_);
     }
-    if (raised && top == max_) set_aside(run, z);
+    if (holds_largest) holds_largest = !set_aside(run, z);
     add_exponentials<R>(p, z, ref);
   }
 
@@ -42,9 +46,11 @@ class Running {
     out.sum = over_lanes(sum_) + owners;
     out.rest = over_lanes(sum_) + (owners - 1.0);
     if (max_ == static_cast<A>(__builtin_huge_val())) out.sum = out.rest = __builtin_nan("");
-    if constexpr (kFull) {
+    if constexpr (kMoments) {
       out.sum_x = over_lanes(sum_x_);
       out.sum_sq = over_lanes(sum_sq_) + owners;
+    }
+    if constexpr (kFull) {
       out.weighted = over_lanes(weighted_);
       out.weight = over_lanes(weight_);
       out.soft = over_lanes(soft_);
@@ -58,16 +64,20 @@ class Running {
   static constexpr int64_t kNowhere = INT64_MAX;
 
  private:
+  static constexpr bool kFull = kForm == Form::kFull, kMoments = kForm != Form::kPlain;
+
   __device__ static double over_lanes(double value) { return kAdjacent ? sum_over_warp(value) : value; }
 
   // A new maximum: what was summed so far moves over to it.
   __device__ void raise(A top) {
     const double shift = static_cast<double>(finite_reference(max_)) - static_cast<double>(top);
     const double scale = exp_nonpositive(static_cast<double>(max_) - static_cast<double>(top));
-    if constexpr (kFull) {
+    if constexpr (kMoments) {
       if (scale != 0.0) sum_x_ += shift * (sum_ + own_);
       sum_x_ *= scale;
       sum_sq_ = (sum_sq_ + own_) * scale * scale;
+    }
+    if constexpr (kFull) {
       if (weight_ != 0.0) weighted_ += shift * weight_;
       if (soft_weight_ != 0.0) soft_ += shift * soft_weight_;
     }
@@ -77,7 +87,7 @@ class Running {
   }
 
   template <class R>
-  __device__ void set_aside(const R& run, A (&z)[R::kSize]) {
+  __device__ bool set_aside(const R& run, A (&z)[R::kSize]) {
     bool found = false;
 #pragma unroll
     for (int i = 0; i < R::kSize; ++i) {
@@ -86,7 +96,8 @@ class Running {
       argmax_ = run.column(i);
       z[i] = -static_cast<A>(__builtin_huge_val());
     }
-    own_ = 1.0;
+    if (found) own_ = 1.0;
+    return found;
   }
 
   // In float only within the run, by a short tree: what is added up over long rows is double.
@@ -97,20 +108,16 @@ class Running {
 #pragma unroll
     for (int i = 0; i < R::kSize; ++i) {
       const int c = i % kChains;
-      if (!kFull) {
-        sum[c] += exp_of<V>(z[i] - ref);
-        continue;
-      }
-      const A x = clamp_exponent<V>(z[i] - ref);
-      const A e = exp_clamped<V>(x);
-      sum[c] += e;
-      if (p.want & (kWantEntropy | kWantSumSq)) {
+      const A x = kMoments ? clamp_exponent<V>(z[i] - ref) : z[i] - ref;
+      const A e = kMoments ? exp_clamped<V>(x) : exp_of<V>(x);
+      sum[c] = i < kChains ? e : sum[c] + e;
+      if (kForm == Form::kMoments || (kFull && p.want & (kWantEntropy | kWantSumSq))) {
         sum_x[c] = V::fma(e, x, sum_x[c]);
         sum_sq[c] = V::fma(e, e, sum_sq[c]);
       }
     }
     sum_ += (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    if constexpr (kFull) {
+    if constexpr (kMoments) {
       sum_x_ += (sum_x[0] + sum_x[1]) + (sum_x[2] + sum_x[3]);
       sum_sq_ += (sum_sq[0] + sum_sq[1]) + (sum_sq[2] + sum_sq[3]);
     }
@@ -134,8 +141,9 @@ class Running {
   A max_ = -static_cast<A>(__builtin_huge_val());
   double sum_ = 0.0, own_ = 0.0;
   int64_t argmax_ = kNowhere;
+  double sum_x_ = 0.0, sum_sq_ = 0.0;  // unless plain
   // Used in full alone.
-  double sum_x_ = 0.0, sum_sq_ = 0.0, weighted_ = 0.0, weight_ = 0.0, soft_ = 0.0, soft_weight_ = 0.0;
+  double weighted_ = 0.0, weight_ = 0.0, soft_ = 0.0, soft_weight_ = 0.0;
 };
 
 // Sums over the parts of a row, relative to its maximum; `others` leaves out the first part that holds the maximum. finish.hpp

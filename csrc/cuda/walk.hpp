@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where the elements of a row lie, and which of them a thread takes: 16 bytes at a time where classes are neighbours in memory.
+//
+// Those come through shared memory, where each thread has a ring of its own: while it works on one batch of 16 bytes, the next
+// ones are on their way, and take no registers. A ring that holds all batches gives them again to the gradient of the row, which
+// then reads nothing.
 #pragma once
 
 #include <type_traits>
@@ -10,12 +14,7 @@
 namespace fastloss {
 namespace {
 
-constexpr int kVectorBytes = 16;
 constexpr int kStridedLoads = 8;  // in flight, where each class is a load of its own
-
-struct alignas(kVectorBytes) Vector {
-  uint32_t word[4];
-};
 
 __device__ inline int64_t row_offset(const Problem& p, const Matrix& matrix, int64_t row) {
   int64_t offset = 0;
@@ -67,12 +66,13 @@ __device__ inline Place place(const Problem& p) {
   return at;
 }
 
-// Elements of one row: runs of kRun neighbours, one run every `step` classes, as far as they begin before `end`.
+// Elements of one row: runs of kRun neighbours, one run every `step` classes, as far as they begin before `end`. A row has less
+// than 2^31 classes.
 template <int kElements, int kRunLength>
 struct Run {
   static constexpr int kSize = kElements, kRun = kRunLength;
-  int64_t first, step, end;
-  __device__ int64_t column(int i) const { return first + i / kRun * step + i % kRun; }
+  int first, step, end;
+  __device__ int column(int i) const { return first + i / kRun * step + i % kRun; }
   __device__ bool has(int i) const { return first + i / kRun * step < end; }
   __device__ bool has_all() const { return has(kSize - 1); }
 
@@ -85,71 +85,87 @@ struct Run {
 
 // The classes of a row that this block takes; from `aligned` on they are whole vectors, and a few more at the end.
 struct Span {
-  int64_t begin, end, aligned;
+  int begin, end, aligned;
 };
 
 template <class T, bool kAdjacent>
 __device__ inline Span span_of(const Problem& p, const Place& at, const T* row) {
+  const int classes = static_cast<int>(p.classes);
+  const auto share = [&](int of) { return static_cast<int>(static_cast<int64_t>(of) * at.part / p.parts); };
+  const auto next_share = [&](int of) { return static_cast<int>(static_cast<int64_t>(of) * (at.part + 1) / p.parts); };
   if constexpr (!kAdjacent) {
-    const int64_t begin = p.classes * at.part / p.parts;
-    return {begin, p.classes * (at.part + 1) / p.parts, begin};
+    return {share(classes), next_share(classes), share(classes)};
   } else {
     constexpr int kRun = kVectorBytes / sizeof(T);
-    const int64_t to_aligned = (kVectorBytes - reinterpret_cast<uintptr_t>(row) % kVectorBytes) % kVectorBytes / sizeof(T);
-    const int64_t head = to_aligned < p.classes ? to_aligned : p.classes;
-    const int64_t vectors = (p.classes - head) / kRun;
-    const int64_t first = head + vectors * at.part / p.parts * kRun;
-    const int64_t last = head + vectors * (at.part + 1) / p.parts * kRun;
-    return {at.part == 0 ? 0 : first, at.part == p.parts - 1 ? p.classes : last, first};
+    const int to_aligned = (kVectorBytes - reinterpret_cast<uintptr_t>(row) % kVectorBytes) % kVectorBytes / sizeof(T);
+    const int head = to_aligned < classes ? to_aligned : classes;
+    const int vectors = (classes - head) / kRun;
+    const int first = head + share(vectors) * kRun, last = head + next_share(vectors) * kRun;
+    return {at.part == 0 ? 0 : first, at.part == p.parts - 1 ? classes : last, first};
   }
 }
 
+// The vectors of a span that a thread takes, kBatch at a time. All lanes have as many batches, some of them without elements.
+template <class T>
+struct Batches {
+  static constexpr int kRun = kVectorBytes / sizeof(T);
+  using R = Run<kBatch * kRun, kRun>;
+  int begin, step, end, count;
+
+  __device__ Batches(const Place& at, const Span& span)
+      : begin(span.aligned + at.lane * kRun), step(at.lanes * kRun), end(span.end - (span.end - span.aligned) % kRun) {
+    count = (end - span.aligned + kBatch * step - 1) / (kBatch * step);
+  }
+  __device__ R first() const { return {begin, step, end}; }
+  __device__ void advance(R& run) const { run.first += kBatch * step; }
+};
+
 // Calls body(run) for the elements that a thread takes of its row, columns rising. All lanes of a warp take as many calls, some
 // of them without elements.
-template <class T, bool kAdjacent, int kLoads, class Body>
+template <class T, bool kAdjacent, class Body>
 __device__ inline void walk(const Problem& p, const Place& at, const T* row, Body body) {
   const Span span = span_of<T, kAdjacent>(p, at, row);
   if constexpr (kAdjacent) {
-    constexpr int kRun = kVectorBytes / sizeof(T);
-    const int64_t last = span.end - (span.end - span.aligned) % kRun;
     if (span.begin < span.aligned) body(Run<1, 1>{span.begin + at.lane, 0, span.aligned});
-    for (int64_t c = span.aligned; c < last; c += kLoads * kRun * at.lanes) {
-      body(Run<kLoads * kRun, kRun>{c + at.lane * kRun, at.lanes * kRun, last});
-    }
-    if (last < span.end) body(Run<1, 1>{last + at.lane, 0, span.end});
+    const Batches<T> batches(at, span);
+    auto run = batches.first();
+    for (int i = 0; i < batches.count; ++i, batches.advance(run)) body(run);
+    if (batches.end < span.end) body(Run<1, 1>{batches.end + at.lane, 0, span.end});
   } else {
-    for (int64_t c = span.begin; c < span.end; c += kStridedLoads * at.lanes) {
+    for (int c = span.begin; c < span.end; c += kStridedLoads * at.lanes) {
       body(Run<kStridedLoads, 1>{c + at.lane, at.lanes, span.end});
     }
   }
 }
 
+template <class A, int kSize>
+__device__ inline A largest_of(const A (&x)[kSize]) {
+  A top = x[0];
+#pragma unroll
+  for (int i = 1; i < kSize; ++i) top = larger(x[i], top);
+  return top;
+}
+
+// One element of a word of 16-bit numbers.
+__device__ inline float half_of(uint32_t word, int i, BF16) { return float_of(i == 0 ? word << 16 : word & 0xffff0000u); }
+__device__ inline float half_of(uint32_t word, int i, F16) { return number(F16{static_cast<uint16_t>(word >> 16 * i)}); }
+
 // A run as it lies in memory, `missing` where it has no element. All loads come before the first use of one.
 template <class T, class R>
 struct Fetched {
-  static constexpr int kWords = R::kRun > 1 ? R::kSize / R::kRun : 1, kElements = R::kRun > 1 ? 1 : R::kSize;
+  static constexpr bool kVectors = R::kRun > 1;
+  static constexpr int kWords = kVectors ? R::kSize / R::kRun : 1, kElements = kVectors ? 1 : R::kSize;
   Vector vector[kWords];
   T element[kElements];
 
+  // From memory.
   template <class A>
   __device__ Fetched(const T* row, int64_t class_step, const R& run, A missing) {
-    T none;
-    put(missing, none);
-    if constexpr (R::kRun > 1) {
-      if (run.has_all()) {
-#pragma unroll
-        for (int v = 0; v < kWords; ++v) vector[v] = *reinterpret_cast<const Vector*>(row + run.column(v * R::kRun));
-        return;
-      }
-      Vector nothing;
-#pragma unroll
-      for (int i = 0; i < R::kRun; ++i) set(nothing, i, none);
-#pragma unroll
-      for (int v = 0; v < kWords; ++v) {
-        vector[v] = nothing;
-        if (run.has(v * R::kRun)) vector[v] = *reinterpret_cast<const Vector*>(row + run.column(v * R::kRun));
-      }
+    if constexpr (kVectors) {
+      gather(run, missing, [&](int v) { return *reinterpret_cast<const Vector*>(row + run.column(v * R::kRun)); });
     } else {
+      T none;
+      put(missing, none);
 #pragma unroll
       for (int i = 0; i < R::kSize; ++i) {
         element[i] = none;
@@ -158,44 +174,152 @@ struct Fetched {
     }
   }
 
+  // From where it has come to in shared memory, a vector every kThreads.
+  template <class A>
+  __device__ Fetched(const Vector* shared, const R& run, A missing) {
+    gather(run, missing, [&](int v) { return shared[v * kThreads]; });
+  }
+
   // The i-th piece, as numbers of the accumulation type.
   template <int kPiece, class A>
   __device__ void numbers(int i, A (&x)[kPiece]) const {
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) {
-      if constexpr (R::kRun > 1) {
+      const int at = i * kPiece + j;
+      if constexpr (!kVectors) {
+        x[j] = number(element[at]);
+      } else if constexpr (sizeof(T) == 2) {
+        x[j] = half_of(vector[at / R::kRun].word[at % R::kRun / 2], at % 2, T());
+      } else {
         T raw;
-        const int at = i * kPiece + j;
         __builtin_memcpy(&raw, reinterpret_cast<const char*>(&vector[at / R::kRun]) + at % R::kRun * sizeof(T), sizeof(T));
         x[j] = number(raw);
-      } else {
-        x[j] = number(element[i * kPiece + j]);
       }
     }
   }
 
-  __device__ static void set(Vector& vector, int i, T value) {
-    __builtin_memcpy(reinterpret_cast<char*>(&vector) + i * sizeof(T), &value, sizeof(T));
+  // Of 16-bit numbers, two are compared at a time.
+  template <class A>
+  __device__ A largest() const {
+    if constexpr (kVectors && sizeof(T) == 2) {
+      uint32_t top = vector[0].word[0];
+#pragma unroll
+      for (int i = 1; i < kWords * kVectorBytes / 4; ++i) top = larger_halves(top, vector[i / 4].word[i % 4], T());
+      return larger(half_of(top, 0, T()), half_of(top, 1, T()));
+    } else {
+      A x[R::kSize];
+      numbers(0, x);
+      return largest_of(x);
+    }
+  }
+
+ private:
+  template <class A, class Load>
+  __device__ void gather(const R& run, A missing, Load load) {
+    if (run.has_all()) {
+#pragma unroll
+      for (int v = 0; v < kWords; ++v) vector[v] = load(v);
+      return;
+    }
+    T none;
+    put(missing, none);
+    Vector nothing;
+#pragma unroll
+    for (int i = 0; i < R::kRun; ++i) {
+      __builtin_memcpy(reinterpret_cast<char*>(&nothing) + i * sizeof(T), &none, sizeof(T));
+    }
+#pragma unroll
+    for (int v = 0; v < kWords; ++v) {
+      vector[v] = nothing;
+      if (run.has(v * R::kRun)) vector[v] = load(v);
+    }
   }
 };
 
-// Calls body(run, x) for the pieces of a row that a thread takes: like walk, with the logits as numbers.
-template <class T, class V, bool kAdjacent, bool kFull, class Body>
-__device__ inline void walk_logits(const Problem& p, const Place& at, const T* row, typename V::T missing, Body body) {
-  // In flight: 16 bytes so many times. In registers: as few numbers as keep the loop short of spilling.
-  constexpr int kLoads = kFull ? 2 : 4;
-  constexpr int kMost = (kFull ? 32 : 64) / sizeof(typename V::T);
-  walk<T, kAdjacent, kLoads>(p, at, row, [&](auto run) {
-    using R = decltype(run);
-    constexpr int kPiece = R::kSize < kMost ? R::kSize : kMost;
-    const Fetched<T, R> fetched(row, p.logits.class_step, run, missing);
-#pragma unroll
-    for (int i = 0; i < R::kSize / kPiece; ++i) {
-      typename V::T x[kPiece];
-      fetched.numbers(i, x);
-      body(run.template piece<kPiece>(i), x);
+// What a thread has of its row in shared memory: batches of vectors, `capacity` of them, of which kAhead are on their way.
+class Ring {
+ public:
+  __device__ Ring(Vector* shared, int capacity) : begin_(shared + threadIdx.x), end_(begin_ + capacity * kStep) {}
+
+  // Calls body(run, fetched) for the batches of a row.
+  template <class T, class A, class Body>
+  __device__ void walk(const T* row, const Batches<T>& batches, A missing, Body body) {
+    const bool again = holds_row_;
+    auto run = batches.first(), next = run;
+    Vector *place = begin_, *next_place = begin_;
+    const auto fetch_next = [&] {
+      if (next.has(0)) fetch(row, next, next_place);
+      end_of_fetch();
+      batches.advance(next);
+      advance(next_place);
+    };
+    for (int i = 0; i < kAhead && !again; ++i) fetch_next();
+    for (int i = 0; i < batches.count; ++i) {
+      if (!again) wait_for_fetched<kAhead - 1>();
+      body(run, Fetched<T, typename Batches<T>::R>(place, run, missing));
+      if (!again) fetch_next();
+      batches.advance(run);
+      advance(place);
     }
-  });
+    holds_row_ = begin_ + batches.count * kStep <= end_;
+  }
+
+ private:
+  static constexpr int kStep = kBatch * kThreads;
+
+  __device__ void advance(Vector*& place) const {
+    place += kStep;
+    if (place == end_) place = begin_;
+  }
+
+  template <class T, class R>
+  __device__ static void fetch(const T* row, const R& run, Vector* place) {
+    const bool all = run.has_all();
+#pragma unroll
+    for (int v = 0; v < kBatch; ++v) {
+      if (all || run.has(v * R::kRun)) fetch_vector(place + v * kThreads, row + run.column(v * R::kRun));
+    }
+  }
+
+  Vector *begin_, *end_;
+  bool holds_row_ = false;
+};
+
+// Calls body(run, fetched) for what a thread takes of a row; `missing` stands where a run has no element.
+template <class T, bool kAdjacent, class A, class Body>
+__device__ inline void walk_fetched(const Problem& p, const Place& at, const T* row, A missing, Ring& ring, Body body) {
+  const auto one_by_one = [&](const auto& run) {
+    body(run, Fetched<T, std::decay_t<decltype(run)>>(row, p.logits.class_step, run, missing));
+  };
+  if constexpr (kAdjacent) {
+    const Span span = span_of<T, kAdjacent>(p, at, row);
+    const Batches<T> batches(at, span);
+    if (span.begin < span.aligned) one_by_one(Run<1, 1>{span.begin + at.lane, 0, span.aligned});
+    ring.walk(row, batches, missing, body);
+    if (batches.end < span.end) one_by_one(Run<1, 1>{batches.end + at.lane, 0, span.end});
+  } else {
+    walk<T, kAdjacent>(p, at, row, one_by_one);
+  }
+}
+
+// Calls body(run, x) for the pieces of what was fetched: numbers of so many bytes at a time, as many as do not spill.
+template <class V, int kBytes, class R, class F, class Body>
+__device__ inline void for_pieces(const R& run, const F& fetched, Body body) {
+  constexpr int kMost = kBytes / sizeof(typename V::T), kPiece = R::kSize < kMost ? R::kSize : kMost;
+#pragma unroll
+  for (int i = 0; i < R::kSize / kPiece; ++i) {
+    typename V::T x[kPiece];
+    fetched.numbers(i, x);
+    body(run.template piece<kPiece>(i), x);
+  }
+}
+
+// Calls body(run, x) for the pieces of a row that a thread takes, with the logits as numbers.
+template <class T, class V, bool kAdjacent, class Body>
+__device__ inline void walk_logits(const Problem& p, const Place& at, const T* row, typename V::T missing, Ring& ring,
+                                   Body body) {
+  walk_fetched<T, kAdjacent>(p, at, row, missing, ring,
+                             [&](const auto& run, const auto& fetched) { for_pieces<V, 32>(run, fetched, body); });
 }
 
 // One number a class, side by side; ones where there are none.

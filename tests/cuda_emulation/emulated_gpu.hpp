@@ -26,6 +26,7 @@
 #define FASTLOSS_SHARED(type, name)                         \
   static SharedType<type> of_blocks_##name[kMostOfCluster]; \
   auto& name = of_blocks_##name[cluster.block()]
+#define FASTLOSS_SHARED_VECTORS(name) Vector* const name = cluster.shared_vectors()
 #define FASTLOSS_KERNEL(threads, blocks) void
 #define FASTLOSS_ARGUMENT const
 
@@ -46,9 +47,10 @@ Dim3 threadIdx, blockIdx, blockDim, gridDim;
 // The fibers of one block, or of the blocks of a cluster one after the other: those of blockIdx.y from `first` on.
 class Cluster {
  public:
-  void run(int first, int blocks, int threads, const std::function<void()>& body) {
+  void run(int first, int blocks, int threads, int shared_bytes, const std::function<void()>& body) {
     body_ = &body;
     threads_ = threads;
+    shared_.assign(blocks, std::vector<Vector>(shared_bytes / sizeof(Vector), kPoison));
     const int all = blocks * threads;
     grow(all);
     fibers_.assign(all, {});
@@ -81,6 +83,29 @@ class Cluster {
   }
 
   int block() const { return current_ / threads_; }
+  Vector* shared_vectors() { return shared_[block()].data(); }
+
+  // Nothing comes before somebody waits for it.
+  void fetch(Vector* shared, const void* global) {
+    const std::vector<Vector>& room = shared_[block()];
+    if (shared < room.data() || shared >= room.data() + room.size()) fail("a vector is fetched to where no room is");
+    fibers_[current_].on_their_way.push_back({shared, global});
+  }
+  void end_of_fetch() { fibers_[current_].on_their_way.push_back({nullptr, nullptr}); }
+  void wait_for_fetched(int groups) {
+    std::vector<Fetch>& fetches = fibers_[current_].on_their_way;
+    int left = 0;
+    for (const Fetch& fetch : fetches) left += fetch.shared == nullptr;
+    size_t done = 0;
+    for (; left > groups; ++done) {
+      if (fetches[done].shared) {
+        memcpy(fetches[done].shared, fetches[done].global, sizeof(Vector));
+      } else {
+        --left;
+      }
+    }
+    fetches.erase(fetches.begin(), fetches.begin() + done);
+  }
 
   void wait_for_block() {
     arrive(&Fiber::block_waits);
@@ -113,12 +138,18 @@ class Cluster {
   int lane() const { return current_ % kWarp; }
 
  private:
+  struct Fetch {
+    Vector* shared;  // null: the end of a group
+    const void* global;
+  };
   struct Fiber {
     ucontext_t context;
     bool begun = false, done = false;
     int64_t warp_waits = 0, block_waits = 0, cluster_waits = 0;  // barriers reached so far
     int64_t Fiber::* waits_at = nullptr;
+    std::vector<Fetch> on_their_way;
   };
+  static constexpr Vector kPoison = {{0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0}};
   struct Exchange {
     char value[2][8];
   };
@@ -175,6 +206,7 @@ class Cluster {
   int64_t cluster_passed_ = 0;
   int straggler_ = 0;
   std::vector<Fiber> fibers_;
+  std::vector<std::vector<Vector>> shared_;  // of each block
   std::vector<Exchange> exchange_;
   std::vector<void*> stacks_;
   ucontext_t scheduler_;
@@ -201,6 +233,13 @@ T from_lane_xor(T value, int mask) {
 template <class T>
 T from_lane(T value, int lane) {
   return cluster.exchange(value, lane);
+}
+
+inline void fetch_vector(Vector* shared, const void* global) { cluster.fetch(shared, global); }
+inline void end_of_fetch() { cluster.end_of_fetch(); }
+template <int kGroups>
+void wait_for_fetched() {
+  cluster.wait_for_fetched(kGroups);
 }
 
 inline void cluster_arrive() { cluster.arrive_at_cluster(); }
@@ -231,6 +270,15 @@ template <class T>
 inline auto number(T x) {
   return widen(x);
 }
+template <class T>
+uint32_t larger_halves(uint32_t a, uint32_t b, T) {
+  uint32_t out = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const T x{static_cast<uint16_t>(a >> shift)}, y{static_cast<uint16_t>(b >> shift)};
+    out |= static_cast<uint32_t>((larger(widen(x), widen(y)) == widen(x) ? x : y).bits) << shift;
+  }
+  return out;
+}
 inline void put(float x, F16& out) { out = to_f16(x); }
 // Unlike the instructions of CPUs, those of GPUs keep subnormal numbers.
 inline void put(float x, BF16& out) {
@@ -245,6 +293,7 @@ struct LaunchShape {
   int parts;
   int threads;
   bool clusters = false;
+  int shared_bytes = 0;
 };
 
 template <class... Parameters, class... Arguments>
@@ -254,7 +303,7 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
   const int together = shape.clusters ? shape.parts : 1;
   for (int part = 0; part < shape.parts; part += together) {
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-      cluster.run(part, together, shape.threads, [&] { kernel(arguments...); });
+      cluster.run(part, together, shape.threads, shape.shared_bytes, [&] { kernel(arguments...); });
     }
   }
 }
