@@ -2,6 +2,7 @@
 """Fixtures: every instruction set that this CPU runs, numbers of threads, and random numbers with a seed per test."""
 
 import os
+import warnings
 import zlib
 
 import numpy as np
@@ -45,6 +46,19 @@ def device(request):
     torch.set_default_device(request.param)
     yield request.param
     torch.set_default_device(None)
+
+
+@pytest.fixture
+def no_waiting():
+    """Anything that makes PyTorch wait for the GPU raises."""
+    import torch
+
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ ROWS = 7
 LEAST_PART = 32 * 1024  # bytes of a row for each block
 
 
-def pretend(monkeypatch, multiprocessors, l2_bytes=2**30, clusters=1):
+def pretend(monkeypatch, multiprocessors, shared_bytes=228 * 1024, clusters=1):
     """The GPU of the following calls."""
-    for name, value in (("MULTIPROCESSORS", multiprocessors), ("L2_BYTES", l2_bytes), ("CLUSTERS", clusters)):
+    for name, value in (("MULTIPROCESSORS", multiprocessors), ("SHARED_BYTES", shared_bytes), ("CLUSTERS", clusters)):
         monkeypatch.setenv(f"FASTLOSS_EMULATION_{name}", str(value))
 
 
@@ -53,7 +53,7 @@ def targets_at_the_seams(blocks, classes, rng):
 
 def plan(logits, gradient):
     """(blocks that share a row, whether loss and gradient take one trip)."""
-    return cuda.plan(tensor(logits, -1), None if gradient is None else tensor(gradient, -1), *DEVICE)[1:]
+    return cuda.plan(tensor(logits, -1), None if gradient is None else tensor(gradient, -1), *DEVICE)[1:3]
 
 
 def one_trip(logits, target, blocks, options=DEFAULT, reduction="mean", gradient=None):
@@ -215,8 +215,8 @@ def test_chunk_of_tokens_keeps_the_contract_in_a_cluster(blocks, rng, order):
 # ---- the plan ----
 
 
-def planned(monkeypatch, rows, classes, dtype, multiprocessors=132, l2_bytes=50 * 2**20, clusters=1):
-    pretend(monkeypatch, multiprocessors, l2_bytes, clusters)
+def planned(monkeypatch, rows, classes, dtype, **gpu):
+    pretend(monkeypatch, **{"multiprocessors": 132, **gpu})
     itemsize = DTYPES[dtype].itemsize
     logits = np.lib.stride_tricks.as_strided(np.zeros(1, DTYPES[dtype]), (rows, classes), (classes * itemsize, itemsize))
     return plan(logits, logits)
@@ -226,52 +226,89 @@ def planned(monkeypatch, rows, classes, dtype, multiprocessors=132, l2_bytes=50 
     ("dtype", "classes", "blocks"),
     [
         ("float16", 32_000, 1),
-        ("float16", 50_257, 1),
-        ("float16", 128_256, 2),
-        ("float16", 151_936, 2),
-        ("float16", 262_144, 4),
-        ("float32", 32_000, 1),
-        ("float32", 128_256, 4),
-        ("float32", 262_144, 8),
-        ("float64", 262_144, 8),  # more than half of the cache even so
+        ("float16", 50_257, 2),
+        ("float16", 128_256, 4),
+        ("float16", 151_936, 8),
+        ("float16", 262_144, 8),
+        ("float32", 32_000, 2),
+        ("float32", 128_256, 8),
+        ("float32", 262_144, 8),  # one block a multiprocessor even so
     ],
 )
-def test_rows_in_flight_take_half_of_the_cache(classes, dtype, blocks, monkeypatch):
+def test_three_blocks_of_a_multiprocessor_have_room_for_their_rows(classes, dtype, blocks, monkeypatch):
     assert planned(monkeypatch, 8192, classes, dtype) == (blocks, True)
-    assert planned(monkeypatch, 8192, classes, dtype, l2_bytes=2**30) == (1, True)
 
 
-@pytest.mark.parametrize(
-    ("rows", "plan_of_rows"), [(1, None), (12, None), (16, 8), (33, 4), (66, 2), (67, 8), (132, 1), (133, 4), (1000, 1)]
-)
+def test_rows_without_room_in_eight_blocks_take_two_trips(monkeypatch):
+    assert planned(monkeypatch, 8192, 262_144, "float64") == (1, False)
+    assert planned(monkeypatch, 8192, 262_144, "float32", shared_bytes=100 * 1024) == (1, False)
+
+
+@pytest.mark.parametrize(("rows", "plan_of_rows"), [(1, None), (12, None), (13, 8), (24, 8), (25, 4), (50, 2), (99, 1)])
 def test_rows_of_clusters_fill_the_gpu_or_are_split(rows, plan_of_rows, monkeypatch):
-    parts, one_trip = planned(monkeypatch, rows, 262_144, "float16", l2_bytes=2**30)
+    parts, one_trip = planned(monkeypatch, rows, 262_144, "float16", shared_bytes=2**21)
     assert one_trip == (plan_of_rows is not None)
     assert parts > 8 if plan_of_rows is None else parts == plan_of_rows
 
 
 def test_short_rows_and_small_gpus_have_smaller_clusters(monkeypatch):
-    assert planned(monkeypatch, 8192, 32_768, "float16", l2_bytes=1) == (2, True)
-    assert planned(monkeypatch, 8192, 32_767, "float16", l2_bytes=1) == (1, True)
-    for multiprocessors, blocks in ((64, 8), (63, 4), (16, 2), (15, 1)):
-        assert planned(monkeypatch, 8192, 262_144, "float16", multiprocessors, 1) == (blocks, True)
+    for multiprocessors, parts in ((64, 8), (63, 4), (16, 2), (15, 1)):
+        plan_of_rows = planned(monkeypatch, 8192, 131_072, "float16", multiprocessors=multiprocessors, shared_bytes=80 * 1024)
+        assert plan_of_rows == (parts, True) if parts >= 4 else plan_of_rows == (1, False)
 
 
-def test_gpu_without_clusters_takes_a_block_a_row_or_splits(monkeypatch):
-    assert planned(monkeypatch, 8192, 262_144, "float16", clusters=0) == (1, True)
-    parts, one_trip = planned(monkeypatch, 66, 262_144, "float16", clusters=0)
+def test_gpu_without_clusters_takes_a_block_a_row_or_two_trips(monkeypatch):
+    assert planned(monkeypatch, 8192, 50_257, "float16", clusters=0) == (1, True)
+    assert planned(monkeypatch, 8192, 262_144, "float16", clusters=0) == (1, False)
+    parts, one_trip = planned(monkeypatch, 66, 50_257, "float16", clusters=0)
     assert parts > 1
     assert not one_trip
 
 
 def test_loss_alone_has_no_clusters(monkeypatch):
-    pretend(monkeypatch, 132, 1)
+    pretend(monkeypatch, 132)
     parts, one_trip = plan(np.zeros((16, 100_000), np.float32), None)
     assert parts > 8
     assert not one_trip
 
 
 def test_classes_that_lie_apart_have_no_clusters(monkeypatch):
-    pretend(monkeypatch, 132, 1)
-    logits = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (5000, 20_000), (4, 20_000))
+    pretend(monkeypatch, 132)
+    logits = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (20_000, 20_000), (4, 80_000))
     assert plan(logits, logits) == (1, True)
+
+
+# ---- rows one after the other ----
+
+
+def turns_of(logits):
+    return cuda.plan(tensor(logits, -1), tensor(logits, -1), *DEVICE)[3]
+
+
+def check_turns(logits, target, blocks, options):
+    """Loss and gradient against the oracle, and the same bits in place."""
+    assert turns_of(logits) > 1
+    target[target % 7 == 0] = -100
+    call, gradient = check(logits, target, blocks, options)
+    over, _ = one_trip(logits, target, blocks, options, gradient=logits)
+    assert_same_bits(over.loss, call.loss)
+    assert_same_bits(over.saved, call.saved)
+    assert_same_bits(logits, gradient)
+
+
+@pytest.mark.parametrize("options", [Options(), Options(softcap=20.0, label_smoothing=0.1)], ids=["plain", "full"])
+@pytest.mark.parametrize("classes", [65, 2049, 16_500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_takes_rows_one_after_the_other(dtype, classes, options, rng, order, monkeypatch):
+    pretend(monkeypatch, 1)
+    warps = cuda.plan(*[tensor(np.zeros((1, classes), DTYPES[dtype]), -1)] * 2, *DEVICE)[0]
+    rows = 50 * 8 // warps + 3  # so that the last block has fewer
+    logits = (3 * rng.standard_normal((rows, classes))).astype(DTYPES[dtype])
+    check_turns(logits, rng.integers(classes, size=rows), 1, options)
+
+
+def test_a_cluster_takes_rows_one_after_the_other(rng, order, monkeypatch):
+    pretend(monkeypatch, 16, shared_bytes=100 * 1024)
+    rows, classes = 391, 16_500
+    logits = (3 * rng.standard_normal((rows, classes + 1))).astype(np.float32)[:, 1:]
+    check_turns(logits, rng.integers(classes, size=rows), 2, DEFAULT)

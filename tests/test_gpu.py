@@ -27,15 +27,6 @@ def on_gpu(logits):
     return tensor.cuda().requires_grad_()
 
 
-@pytest.fixture
-def no_waiting():
-    """Anything that makes PyTorch wait for the GPU raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"softcap": 5.0, "temperature": 0.7}])
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,6 +34,8 @@ def no_waiting():
 def test_gpu_keeps_the_contract(classes, kind, dtype, options):
     if kind == "masked" and "label_smoothing" in options:
         pytest.skip("infinite, as its formula")
+    if kind == "confident" and classes == 1:
+        pytest.skip("no other class")
     logits, target = logits_and_target(kind, classes, dtype)
     leaf = on_gpu(logits)
     loss = fl.cross_entropy(leaf, torch.from_numpy(target).cuda(), **options)
@@ -61,7 +54,7 @@ def long_rows(blocks, dtype):
     rows, classes = multiprocessors // blocks, 140_001
     logits = (3 * torch.randn(rows, classes, device="cuda")).to(dtype)
     described = ops.describe(logits, 1)
-    parts, one_trip = _cuda.plan(described, described, *where(logits))[1:]
+    parts, one_trip = _cuda.plan(described, described, *where(logits))[1:3]
     assert parts > 1
     assert one_trip
     return logits, torch.randint(classes, (rows,), device="cuda")

@@ -34,15 +34,6 @@ def relative_error(ours, exact):
     return float((ours.double() - exact).norm() / exact.norm())
 
 
-@pytest.fixture
-def no_waiting():
-    """Anything that makes PyTorch wait for the GPU raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("chunk_tokens", [None, 256])
 @pytest.mark.parametrize("features", [96, 97])
 @pytest.mark.parametrize("dtype", [*SIXTEEN_BIT, torch.float32], ids=str)

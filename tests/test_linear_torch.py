@@ -480,7 +480,6 @@ def test_statistics_are_those_of_the_logits(many, chunk_tokens):
 
 
 @on_each_device
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("which", ["hidden", "weight"])
 def test_compiled_it_takes_factors_that_are_transposed(which):
     hidden, weight, _ = factors()

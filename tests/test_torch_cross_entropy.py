@@ -444,7 +444,9 @@ def test_logits_and_target_are_not_written_unless_asked(soft):
     assert logits._version == version
 
 
-def test_numpy_and_pytorch_give_the_same_bits():
+def test_numpy_and_pytorch_give_the_same_bits(device):
+    if device != "cpu":
+        pytest.skip("the bits of a GPU are its own")
     logits, target = seeded(6, 5000, dtype=torch.float32), seeded_ids(5000, 6)
     loss, gradient, _ = run(fastloss.torch.cross_entropy, logits, target, label_smoothing=0.1)
     numpy_loss, numpy_gradient = fastloss.cross_entropy(logits.numpy(), target.numpy(), label_smoothing=0.1, return_grad=True)

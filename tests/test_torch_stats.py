@@ -50,8 +50,12 @@ def test_values_have_the_bits_of_the_numpy_api(dtype, name):
         pytest.importorskip("ml_dtypes")
     logits, target = seeded(4, 6, 300, dtype=getattr(torch, dtype)), seeded_ids(300, 4, 6)
     ours = getattr(fastloss.torch.logit_stats(logits, target, want=(name,)), name)
-    numpy = getattr(fastloss.logit_stats(array(logits), array(target), want=(name,)), name)
-    assert array(ours).tobytes() == np.asarray(numpy).tobytes()
+    numpy = np.asarray(getattr(fastloss.logit_stats(array(logits), array(target), want=(name,)), name))
+    if ours.is_cuda:  # which adds up in another order
+        tolerance = 1e-14 if dtype == "float64" else 2e-6
+        np.testing.assert_allclose(array(ours), numpy, rtol=tolerance, atol=tolerance)
+    else:
+        assert array(ours).tobytes() == numpy.tobytes()
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -115,7 +119,11 @@ def test_dim_is_the_class_dimension(dim):
     stats = fastloss.torch.logit_stats(logits, target, dim=dim, want=ALL)
     expected = fastloss.torch.logit_stats(moved.contiguous(), target, want=ALL)
     for name in ALL:
-        assert same_bits(getattr(stats, name), getattr(expected, name))
+        ours, theirs = getattr(stats, name), getattr(expected, name)
+        if ours.is_cuda:  # which adds up in another order
+            torch.testing.assert_close(ours, theirs)
+        else:
+            assert same_bits(ours, theirs)
 
 
 def test_argmax_and_rank_need_no_graph():

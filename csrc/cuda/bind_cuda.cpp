@@ -151,7 +151,7 @@ PYBIND11_MODULE(FASTLOSS_CUDA_MODULE, m, py::mod_gil_not_used()) {
   });
   m.def("plan", [](const Tensor& logits, const Tensor& grad, int device, uintptr_t stream) {
     const cuda::Plan plan = cuda::plan_of(logits, grad, Device(device, stream));
-    return py::make_tuple(plan.warps_per_row, plan.parts, plan.one_trip);
+    return py::make_tuple(plan.warps_per_row, plan.parts, plan.one_trip, plan.turns);
   });
   m.attr("REDUCTION_BYTES") = 2 * kSumBlocks * sizeof(double);
   m.attr("ARCHITECTURES") = FASTLOSS_CUDA_ARCHITECTURES;

@@ -47,7 +47,7 @@ int device_count() {
 Plan plan_of(const Tensor& logits, const Tensor& grad, const Device& device) {
   Problem p = problem(logits, {}, grad, {}, {});
   const bool one_trip = plan_loss(p, device.gpu(), static_cast<bool>(grad));
-  return {p.warps_per_row, p.parts, one_trip};
+  return {p.warps_per_row, p.parts, one_trip, p.turns};
 }
 
 size_t workspace_bytes(const Tensor& logits, const Device& device) {
@@ -84,7 +84,7 @@ void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const doub
   const GradientSource source{scale, upstream_of(upstream), nullptr, nullptr, {}};
   const bool at_once = one_trip && grad;
   if (at_once) sum_rows(p, loss, sums, stream);  // the gradient asks for the denominator before the losses are there
-  kernels.scan(p, loss, {}, one_trip ? &source : nullptr, stream);
+  one_trip ? kernels.one_trip(p, loss, source, stream) : kernels.scan(p, loss, {}, stream);
   if (p.parts > 1 && !one_trip) kernels.merge(p, loss, {}, stream);
   if (!at_once || reduced) {
     sums.losses = reduced ? room.losses : nullptr;
@@ -125,7 +125,7 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   const Statistics results{out.logprob,    out.logsumexp,   out.entropy,
                            out.mean_logit, out.sum_sq_prob, out.max_prob,
                            out.argmax,     out.rank,        out.saved ? out.saved : room.saved};
-  kernels.scan(p, {}, results, nullptr, device.stream());
+  kernels.scan(p, {}, results, device.stream());
   if (p.parts > 1) kernels.merge(p, {}, results, device.stream());
   if (!out.rank) return;
   p.parts = 1;

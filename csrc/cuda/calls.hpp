@@ -36,11 +36,12 @@ class Device {
 
 int device_count();  // 0 without a driver
 
-// How the threads of the GPU share the rows: warps of a block that share a row, blocks that do; and whether they make loss and
-// gradient in one trip.
+// How the threads of the GPU share the rows: warps of a block that share a row, blocks that do; whether they make loss and
+// gradient in one trip, and how many rows they then take one after the other.
 struct Plan {
   int warps_per_row, parts;
   bool one_trip;
+  int turns;
 };
 // Of a plain cross-entropy; `grad` may be empty.
 Plan plan_of(const Tensor& logits, const Tensor& grad, const Device& device);

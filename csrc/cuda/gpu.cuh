@@ -136,7 +136,7 @@ struct LaunchShape {
   bool clusters = false;  // the parts of each block are one
   int shared_bytes = 0;   // of the vectors of FASTLOSS_SHARED_VECTORS
 };
-constexpr int kSharedBytesForAll = 48 * 1024;  // more of them must be asked for
+constexpr int kSharedBytesForAll = 32 * 1024;  // beside what kernels have anyway: more must be asked for
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {

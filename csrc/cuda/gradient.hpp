@@ -22,16 +22,23 @@ struct UpstreamsOfRow {
   __device__ double operator[](int i) const { return memory ? memory[i] : lone; }
 };
 
+// `one_hot` is what goes with the target.
+template <class V>
+__device__ inline typename V::T target_gradient(const Problem& p, const GradientRow& c, int64_t id, const Transformed<V>& logit,
+                                                double one_hot) {
+  using A = typename V::T;
+  const double weight = per_class<A>(p.weight, id, A(1));
+  const double slope = p.transform.softcap != 0.0 ? static_cast<double>(logit.derivative) : p.transform.inv_temperature;
+  return static_cast<A>(
+      TargetGradients<CudaF64>::gradient(logit.z, c.max, c.rest, c.a, c.b, c.c, weight * c.d, slope, one_hot));
+}
+
 template <class T, class V>
 __device__ inline typename V::T target_gradient(const Problem& p, const GradientRow& c, int64_t row, const UpstreamsOfRow& g,
                                                 int i) {
-  using A = typename V::T;
   const IdsOfRow ids{p.ids, row};
-  const Transformed<V> at = logit_at<T, V>(p, row_of<const T>(p, p.logits, row), ids[i]);
-  const double weight = per_class<A>(p.weight, ids[i], A(1));
-  const double slope = p.transform.softcap != 0.0 ? static_cast<double>(at.derivative) : p.transform.inv_temperature;
-  return static_cast<A>(
-      TargetGradients<CudaF64>::gradient(at.z, c.max, c.rest, c.a, c.b, c.c, weight * c.d, slope, one_hot(ids, g, p.ids.k, i)));
+  const Transformed<V> logit = logit_at<T, V>(p, row_of<const T>(p, p.logits, row), ids[i]);
+  return target_gradient<V>(p, c, ids[i], logit, one_hot(ids, g, p.ids.k, i));
 }
 
 // Logits of a run become its gradient, but for the targets.
@@ -68,17 +75,24 @@ class RunGradient {
   GradientTerms<Along<V>> terms_;
 };
 
+// Of an ignored row, whatever its logits are.
+template <class T, class V, bool kAdjacent>
+__device__ inline void write_zeros(const Problem& p, const Place& at) {
+  T* out = row_of<T>(p, p.grad, at.row);
+  walk<T, kAdjacent>(p, at, row_of<const T>(p, p.logits, at.row), [&](const auto& run) {
+    const typename V::T zeros[std::decay_t<decltype(run)>::kSize] = {};
+    store(zeros, run, p.grad.class_step, out);
+  });
+}
+
 // Everything but the targets. `out` may be the row itself.
 template <class T, class V, bool kAdjacent, bool kFull>
-__device__ inline void write_gradient(const Problem& p, const Place& at, const GradientRow& c, Ring& ring) {
+__device__ inline void write_gradient(const Problem& p, const Place& at, const GradientRow& c, const Ring& ring) {
   using A = typename V::T;
   const T* row = row_of<const T>(p, p.logits, at.row);
   T* out = row_of<T>(p, p.grad, at.row);
-  if (c.zero) {  // whatever the logits are
-    walk<T, kAdjacent>(p, at, row, [&](const auto& run) {
-      const A zeros[std::decay_t<decltype(run)>::kSize] = {};
-      store(zeros, run, p.grad.class_step, out);
-    });
+  if (c.zero) {
+    write_zeros<T, V, kAdjacent>(p, at);
     return;
   }
   RunGradient<V, kFull> gradient(p, c, at.row);

@@ -9,9 +9,10 @@
 namespace fastloss {
 
 struct KernelTable {
-  // Loss or statistics of all rows; with `source`, by the plan of one trip: the gradient too, if it has memory, and the parts
-  // of a row are the blocks of a cluster.
-  void (*scan)(const Problem&, const Loss&, const Statistics&, const GradientSource* source, cudaStream_t);
+  // Loss or statistics of all rows.
+  void (*scan)(const Problem&, const Loss&, const Statistics&, cudaStream_t);
+  // Loss and, if it has memory, gradient, by the plan of one trip: the parts of a row are the blocks of a cluster.
+  void (*one_trip)(const Problem&, const Loss&, const GradientSource&, cudaStream_t);
   // What a scan of several parts a row left.
   void (*merge)(const Problem&, const Loss&, const Statistics&, cudaStream_t);
   // Needs what the scan saved.

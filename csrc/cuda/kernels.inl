@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels for one storage type T, and the table of their launches.
 #include "kernel_table.hpp"
+#include "one_trip.hpp"
 #include "sample.hpp"
 #include "sparse.hpp"
 
@@ -9,36 +10,24 @@ namespace {
 
 // Sums over what a thread takes of its row, then over its warp.
 template <class T, class V, bool kAdjacent, Form kForm>
-__device__ inline Part scan(const Problem& p, const Place& at, bool skip, Ring& ring) {
-  using A = typename V::T;
-  constexpr bool kFull = kForm == Form::kFull;
-  Running<V, kForm, kAdjacent> running;
+__device__ inline Part scan(const Problem& p, const Place& at, bool skip, const Ring& ring) {
+  RowScan<V, kForm, kAdjacent> scan;
   if (!skip) {
     const T* row = row_of<const T>(p, p.logits, at.row);
-    const A missing = -static_cast<A>(__builtin_huge_val());
-    walk_fetched<T, kAdjacent>(p, at, row, missing, ring, [&](const auto& fetched_run, const auto& fetched) {
-      bool holds_largest = false;
-      if constexpr (!kFull) holds_largest = running.see(fetched.template largest<A>());
-      for_pieces<V, kFull ? 32 : 64>(fetched_run, fetched, [&](const auto& run, auto& z) {
-        [[maybe_unused]] A derivative[sizeof(z) / sizeof(A)], w[sizeof(z) / sizeof(A)], q[sizeof(z) / sizeof(A)];
-        if constexpr (kFull) {
-          transform_run<V>(p, run, z, derivative);
-          load_per_class(static_cast<const A*>(p.weight), run, w);
-          load_any(p, p.soft, at.row, run, q);
-          holds_largest = running.see(largest_of(z));
-        }
-        running.take(p, run, z, w, q, holds_largest);
-      });
-    });
+    walk_fetched<T, kAdjacent>(p, at, row, scan.kMissing, ring,
+                               [&](const auto& run, const auto& fetched) { scan.take(p, at.row, run, fetched); });
   }
-  return running.part();
+  return scan.part();
 }
 
 template <class T, class V>
 __device__ inline void finish_row(const Problem& p, const Loss& loss, const Statistics& out, int64_t row, const RowStats& stats,
                                   int lane, int lanes) {
   if (loss.wanted) {
-    if (lane == 0) finish_loss<T, V>(p, loss, row, stats);
+    if (lane != 0) return;
+    SavedRow saved;
+    const double value = loss_of_row<V>(p, loss, target_of<T, V>(p, loss, row), stats, saved);
+    write_loss<typename V::T>(loss, row, value, saved);
   } else {
     finish_statistics<T, V>(p, out, row, stats, lane, lanes);
   }
@@ -47,7 +36,7 @@ __device__ inline void finish_row(const Problem& p, const Loss& loss, const Stat
 // The gradient of a row whose coefficients a thread has just left in shared memory; g goes with a lone target.
 template <class T, class V, bool kAdjacent, bool kFull>
 __device__ inline void write_row(const Problem& p, const Place& at, const GradientRow& c, const UpstreamsOfRow& row_g,
-                                 Ring& ring) {
+                                 const Ring& ring) {
   __syncthreads();
   const T* row = row_of<const T>(p, p.logits, at.there ? at.row : 0);
   const Span span = span_of<T, kAdjacent>(p, at, row);
@@ -76,7 +65,7 @@ __device__ inline void write_row(const Problem& p, const Place& at, const Gradie
 template <bool kAdjacent>
 constexpr int kPlaces = kAdjacent ? kThreads / kWarp : kThreads;
 
-// The parts of a row lie side by side in shared memory, or 32 apart where 32 rows share the warps; so do rows themselves.
+// The warps of a row lie side by side in shared memory, or 32 apart where 32 rows share them; so do rows themselves.
 template <bool kAdjacent>
 struct SharedRow {
   static constexpr int kStep = kAdjacent ? 1 : kWarp;
@@ -90,12 +79,12 @@ struct SharedRow {
         lanes(kAdjacent ? kWarp : 1) {}
   __device__ int row(const Place& at) const { return at.slot * kStep + column; }
   __device__ int part(const Problem& p, const Place& at) const {
-    return ((at.slot * p.parts + at.part) * p.warps_per_row + at.warp) * kStep + column;
+    return (at.slot * p.warps_per_row + at.warp) * kStep + column;
   }
 };
 
-// All of a row in one block: its statistics, and with kGradient the gradient as well, which finds the row in shared memory.
-// More parts a row: each block leaves its sums for merge_kernel; or with kGradient for the first block of its cluster. Without
+// All of a row in one block: its statistics, and with kGradient the gradient as well, which finds the row in a cache; for rows
+// whose classes lie side by side, one_trip.hpp has that. More parts a row: each block leaves its sums for merge_kernel. Without
 // memory for the gradient it makes the statistics alone, to the same bits.
 template <class T, bool kAdjacent, Form kForm, bool kGradient>
 FASTLOSS_KERNEL(kThreads, (kForm == Form::kFull ? 2 : 3))
@@ -103,32 +92,28 @@ scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_A
             FASTLOSS_ARGUMENT GradientSource source) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
-  FASTLOSS_SHARED(Part[kPlaces<kAdjacent> * (kAdjacent && kGradient ? kMostOfCluster : 1)], parts);
+  FASTLOSS_SHARED(Part[kPlaces<kAdjacent>], parts);
   FASTLOSS_SHARED_VECTORS(vectors);
-  Ring ring(vectors, p.batches);
+  const Ring ring(vectors, p.batches);
   const Place at = place(p);
-  const bool in_cluster = kAdjacent && kGradient && p.parts > 1;
-  if (in_cluster) cluster_arrive();  // early: the wait comes when all have long begun
   const SharedRow<kAdjacent> shared(at);
   const bool skip = !at.there || (loss.wanted && label_of<A>(p, loss, at.row).ignored);
   const Part part = scan<T, V, kAdjacent, kForm>(p, at, skip, ring);
   const bool speaks = !kAdjacent || shared.lane == 0;
-  if (!kGradient && p.parts > 1) {
+  if (p.parts > 1) {
     if (speaks && at.there) p.part[(at.row * p.parts + at.part) * p.warps_per_row + at.warp] = part;
     return;
   }
-  if (in_cluster) cluster_wait();
-  if (speaks) (in_cluster ? in_block(parts, 0) : parts)[shared.part(p, at)] = part;
-  in_cluster ? sync_cluster() : __syncthreads();
-  if (at.warp == 0 && at.part == 0 && at.there) {
-    const RowStats stats = merge_parts<kAdjacent>(parts + shared.part(p, at), p.parts * p.warps_per_row, shared.kStep);
+  if (speaks) parts[shared.part(p, at)] = part;
+  __syncthreads();
+  if (at.warp == 0 && at.there) {
+    const RowStats stats = merge_parts<kAdjacent>(parts + shared.part(p, at), p.warps_per_row, shared.kStep);
     finish_row<T, V>(p, loss, out, at.row, stats, shared.lane, shared.lanes);
   }
   if constexpr (kGradient) {
     if (!p.grad.data) return;
     FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
     double g = 0.0;
-    if (in_cluster) sync_cluster();  // what the first block saved; it has read the target's logit, wherever that is
     if (shared.is_leader && at.there) {
       coefficients[shared.row(at)] = coefficients_of<A>(p, loss, source, loss.saved, at.row, g);
     }
@@ -158,7 +143,7 @@ gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
   FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
   FASTLOSS_SHARED_VECTORS(vectors);
   if (made_by_forward(source)) return;
-  Ring ring(vectors, p.batches);
+  const Ring ring(vectors, p.batches);
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   double g = 0.0;
@@ -177,7 +162,7 @@ rank_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Statistics out) {
   using A = typename V::T;
   FASTLOSS_SHARED(double[kPlaces<kAdjacent>], counts);
   FASTLOSS_SHARED_VECTORS(vectors);
-  Ring ring(vectors, p.batches);
+  const Ring ring(vectors, p.batches);
   const Place at = place(p);
   const SharedRow<kAdjacent> shared(at);
   const T* row = row_of<const T>(p, p.logits, at.there ? at.row : 0);
@@ -215,7 +200,7 @@ soft_gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, F
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
   FASTLOSS_SHARED_VECTORS(vectors);
-  Ring ring(vectors, p.batches);
+  const Ring ring(vectors, p.batches);
   const Place at = place(p);
   if (!at.there) return;
   const T* row = row_of<const T>(p, p.logits, at.row);
@@ -237,7 +222,7 @@ soft_gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, F
 
 inline LaunchShape shape_of(const Problem& p) {
   const int64_t rows = kThreads / kWarp / p.warps_per_row * (p.adjacent ? 1 : kWarp);
-  return {(p.rows + rows - 1) / rows, p.parts, kThreads, false, ring_bytes(p)};
+  return {(p.rows + rows - 1) / rows, p.parts, kThreads, false, shared_bytes_of(p)};
 }
 
 template <Form kForm>
@@ -255,16 +240,25 @@ void choose(const Problem& p, Form form, F f) {
 }
 
 template <class T>
-void launch_scan(const Problem& p, const Loss& loss, const Statistics& out, const GradientSource* source, cudaStream_t stream) {
+void launch_scan(const Problem& p, const Loss& loss, const Statistics& out, cudaStream_t stream) {
   choose(p, form_of(p), [&](auto adjacent, auto form) {
-    if (!source) {
-      launch(scan_kernel<T, adjacent.value, form.value, false>, shape_of(p), stream, p, loss, out, GradientSource{});
-    } else if constexpr (form.value != Form::kMoments) {  // which no loss asks for
-      LaunchShape shape = shape_of(p);
-      shape.clusters = p.parts > 1;
-      launch(scan_kernel<T, adjacent.value, form.value, true>, shape, stream, p, loss, out, *source);
-    }
+    launch(scan_kernel<T, adjacent.value, form.value, false>, shape_of(p), stream, p, loss, out, GradientSource{});
   });
+}
+
+template <class T>
+void launch_one_trip(const Problem& p, const Loss& loss, const GradientSource& source, cudaStream_t stream) {
+  LaunchShape shape = shape_of(p);
+  const bool full = form_of(p) == Form::kFull;
+  if (p.adjacent) {
+    shape.blocks = (shape.blocks + p.turns - 1) / p.turns;
+    shape.clusters = p.parts > 1;
+    full ? launch(one_trip_kernel<T, true>, shape, stream, p, loss, source)
+         : launch(one_trip_kernel<T, false>, shape, stream, p, loss, source);
+  } else {
+    full ? launch(scan_kernel<T, false, Form::kFull, true>, shape, stream, p, loss, Statistics{}, source)
+         : launch(scan_kernel<T, false, Form::kPlain, true>, shape, stream, p, loss, Statistics{}, source);
+  }
 }
 
 template <class T>
@@ -295,7 +289,7 @@ void launch_soft_gradient(const Problem& p, const Loss& loss, const GradientSour
 
 template <class T>
 constexpr KernelTable kernel_table() {
-  return {&launch_scan<T>,   &launch_merge<T>,    &launch_rank<T>,     &launch_gradient<T>, &launch_soft_gradient<T>,
+  return {&launch_scan<T>,   &launch_one_trip<T>, &launch_merge<T>,    &launch_rank<T>,     &launch_gradient<T>, &launch_soft_gradient<T>,
           &launch_sample<T>, &launch_multiply<T>, &launch_row_sums<T>, &launch_scale<T>};
 }
 

@@ -40,7 +40,7 @@ void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void
   loss.wide = wide;
   loss.saved = saved;
   const GradientSource source{scale, {}, nullptr, nullptr, {}};
-  kernels.scan(p, loss, {}, one_trip ? &source : nullptr, device.stream());
+  one_trip ? kernels.one_trip(p, loss, source, device.stream()) : kernels.scan(p, loss, {}, device.stream());
   if (p.parts > 1 && !one_trip) kernels.merge(p, loss, {}, device.stream());
   if (grad && !one_trip) kernels.gradient(p, loss, source, saved, device.stream());
 }

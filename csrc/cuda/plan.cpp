@@ -16,7 +16,8 @@ constexpr int64_t kMostClasses = INT32_MAX - (1 << 20);        // a thread steps
 constexpr int64_t kPartBytes = 16 * kWarpBytes;                // a row is split into no less
 constexpr int64_t kMostParts = 64;                             // of a row whose parts are merged
 constexpr int kBlocksOfMultiprocessor = 3;                     // at a time: for fewer in all, rows are split
-constexpr int kOtherBytes = 8 << 10;                           // of shared memory, that a block takes beside its rings, at most
+constexpr int kMostTurns = 8, kLeastWaves = 8;                 // of blocks: the last of them leaves some of the GPU idle
+constexpr int kOtherBytes = 12 << 10;                          // of shared memory, that a block takes beside its rings, at most
 constexpr int64_t kStridedClasses = 8;                         // a thread's, at a time
 constexpr int kMultiprocessorsOfBlock = 8;                     // of a cluster, at least: small GPUs may take none of 8
 
@@ -153,6 +154,9 @@ bool plan_loss(Problem& p, const Gpu& gpu, bool gradient) {
   if (blocks == 0) return false;
   p.parts = blocks;
   p.batches = batches_of(p, blocks);
+  const int64_t groups = p.rows / (kThreads / kWarp / p.warps_per_row);
+  const int64_t at_once = std::max<int64_t>(1, kBlocksOfMultiprocessor * gpu.multiprocessors / blocks);
+  p.turns = static_cast<int>(std::clamp<int64_t>(groups / (kLeastWaves * at_once), 1, kMostTurns));
   return true;
 }
 

@@ -52,13 +52,14 @@ struct Problem {
   bool adjacent = true;
   int warps_per_row = 1;  // warps of a block that share a row, or 32 rows
   int parts = 1;          // blocks that share them: in one trip a cluster of blocks
-  int batches = 0;        // that the ring of a thread in shared memory has room for
+  int turns = 1;          // in one trip: rows that blocks take one after the other
+  int batches = 0;        // of a row, that a thread has room for in shared memory
   Part* part = nullptr;   // [rows][parts * warps_per_row], where the parts are merged by another kernel
 };
 
-// Shared memory of the rings of a block.
+// Shared memory for the batches of a block.
 constexpr int kBatchBytes = kBatch * kThreads * kVectorBytes;
-inline int ring_bytes(const Problem& p) { return p.batches * kBatchBytes; }
+inline int shared_bytes_of(const Problem& p) { return p.batches * kBatchBytes; }
 
 // What a scan makes of a row.
 enum class Form {

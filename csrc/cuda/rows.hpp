@@ -41,23 +41,39 @@ __device__ inline Label label_of(const Problem& p, const Loss& loss, int64_t row
   return {id, id == loss.ignore_index, valid, valid ? per_class<A>(loss.class_weight, id, A(1)) : 1.0};
 }
 
-// One thread a row calls this. `stats` counts only where the row is not ignored.
+__device__ inline bool has_logit(const Problem& p, const Label& label) { return p.ids.data && label.valid && !label.ignored; }
+
+// And its logit z with dz/dx, as far as there is one.
+template <class V>
+struct Target {
+  Label label;
+  Transformed<V> logit;
+};
+
 template <class T, class V>
-__device__ inline void finish_loss(const Problem& p, const Loss& loss, int64_t row, const RowStats& stats) {
-  using A = typename V::T;
-  const Label label = label_of<A>(p, loss, row);
+__device__ inline Target<V> target_of(const Problem& p, const Loss& loss, int64_t row) {
+  Target<V> target = {label_of<typename V::T>(p, loss, row), {}};
+  if (has_logit(p, target.label)) target.logit = logit_at<T, V>(p, row_of<const T>(p, p.logits, row), target.label.id);
+  return target;
+}
+
+// `stats` counts only where the row is not ignored.
+template <class V>
+__device__ inline double loss_of_row(const Problem& p, const Loss& loss, const Target<V>& target, const RowStats& stats,
+                                     SavedRow& saved) {
   const CrossEntropyOptions options{loss.label_smoothing, loss.z_loss};
-  SavedRow saved = {0.0, 0.0, 0.0};
-  double value = 0.0;
-  if (!p.ids.data) {
-    value = cross_entropy_of_soft_target(options, p.classes, stats, &saved);
-  } else if (!label.ignored && !label.valid) {
-    value = __builtin_nan("");
-    saved = {value, value, value};
-  } else if (!label.ignored) {
-    const double z = logit_at<T, V>(p, row_of<const T>(p, p.logits, row), label.id).z;
-    value = cross_entropy_of_id(options, p.classes, stats, z, label.weight, &saved);
-  }
+  saved = {0.0, 0.0, 0.0};
+  if (!p.ids.data) return cross_entropy_of_soft_target(options, p.classes, stats, &saved);
+  if (target.label.ignored) return 0.0;
+  if (target.label.valid) return cross_entropy_of_id(options, p.classes, stats, target.logit.z, target.label.weight, &saved);
+  const double nan = __builtin_nan("");
+  saved = {nan, nan, nan};
+  return nan;
+}
+
+// One thread a row calls this.
+template <class A>
+__device__ inline void write_loss(const Loss& loss, int64_t row, double value, const SavedRow& saved) {
   if (loss.wide) {
     write<double>(loss.losses, row, value);
   } else {
@@ -122,34 +138,36 @@ __device__ inline bool made_by_forward(const GradientSource& source) {
   return expected.made_for && same_bits(came, *expected.made_for);
 }
 
-// Sets g of a lone target as well; K of them stay in memory.
+// Of a loss times u; sets g of a lone target as well.
+__device__ inline GradientRow coefficients_of_loss(const Problem& p, const Loss& loss, const Label& label,
+                                                   const SavedRow& saved, double u, double& g) {
+  GradientRow out;
+  out.zero = p.ids.data && label.ignored;
+  if (out.zero) return out;
+  g = u * label.weight * (1.0 - loss.label_smoothing);
+  return cross_entropy_gradient({loss.label_smoothing, loss.z_loss}, p.classes, saved, label.weight, !p.ids.data, u);
+}
+
+// The same, or those that lie in memory, whose g stay there.
 template <class A>
 __device__ inline GradientRow coefficients_of(const Problem& p, const Loss& loss, const GradientSource& source,
                                               const double* saved, int64_t row, double& g) {
-  GradientRow out;
-  if (!loss.wanted) {
-    const double* c = source.coefficients + 4 * row;
-    out.max = saved[3 * row];
-    out.rest = saved[3 * row + 1];
-    out.a = c[0];
-    out.b = c[1];
-    out.c = c[2];
-    out.d = c[3];
-    for (int i = 0; i < p.ids.k; ++i) {
-      const int64_t id = id_at(p.ids, row * p.ids.k + i);
-      if (id < 0 || id >= p.classes) out.a = __builtin_nan("");
-    }
-    return out;
-  }
-  const Label label = label_of<A>(p, loss, row);
-  if (p.ids.data && label.ignored) {
-    out.zero = true;
-    return out;
-  }
-  const double u = upstream_of(source, row);
   const SavedRow kept{saved[3 * row], saved[3 * row + 1], saved[3 * row + 2]};
-  out = cross_entropy_gradient({loss.label_smoothing, loss.z_loss}, p.classes, kept, label.weight, !p.ids.data, u);
-  g = u * label.weight * (1.0 - loss.label_smoothing);
+  if (loss.wanted) {
+    return coefficients_of_loss(p, loss, label_of<A>(p, loss, row), kept, upstream_of(source, row), g);
+  }
+  GradientRow out;
+  const double* c = source.coefficients + 4 * row;
+  out.max = kept.max;
+  out.rest = kept.rest;
+  out.a = c[0];
+  out.b = c[1];
+  out.c = c[2];
+  out.d = c[3];
+  for (int i = 0; i < p.ids.k; ++i) {
+    const int64_t id = id_at(p.ids, row * p.ids.k + i);
+    if (id < 0 || id >= p.classes) out.a = __builtin_nan("");
+  }
   return out;
 }
 

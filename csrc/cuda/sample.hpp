@@ -100,7 +100,7 @@ sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS
   FASTLOSS_SHARED(A, threshold);
   FASTLOSS_SHARED(int[2][kBlockWarps], kept_of_warp);
   FASTLOSS_SHARED_VECTORS(vectors);
-  Ring ring(vectors, p.batches);
+  const Ring ring(vectors, p.batches);
   const Place at = place(p);
   const Label label = label_of<A>(p, loss, at.row);
   if (p.ids.data && label.ignored) return;  // the whole block
@@ -154,7 +154,7 @@ sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS
 
 template <class T>
 void launch_sample(const Problem& p, const Loss& loss, const Sample& sample, cudaStream_t stream) {
-  const LaunchShape shape = {p.rows, 1, kThreads, false, ring_bytes(p)};
+  const LaunchShape shape = {p.rows, 1, kThreads, false, shared_bytes_of(p)};
   form_of(p) == Form::kFull ? launch(sample_kernel<T, true>, shape, stream, p, loss, sample)
                             : launch(sample_kernel<T, false>, shape, stream, p, loss, sample);
 }

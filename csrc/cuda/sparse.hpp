@@ -66,8 +66,8 @@ multiply_kernel(FASTLOSS_ARGUMENT Entries e, FASTLOSS_ARGUMENT Dense matrix, FAS
   constexpr int kRun = kVectors ? kVectorBytes / sizeof(T) : 1, kSize = kVectors ? 2 * kRun : kStridedLoads;
   FASTLOSS_SHARED(A[kRowsOfBlock][kSize * kWarp], sums);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * kSize * kWarp;
-  const Run<kSize, kRun> run{first + lane * kRun, kRun * kWarp, matrix.width};
+  const int first = static_cast<int>(blockIdx.y) * kSize * kWarp;
+  const Run<kSize, kRun> run{first + lane * kRun, kRun * kWarp, static_cast<int>(matrix.width)};
   for (int slot = 0; slot < kRowsOfBlock; ++slot) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + slot;
     if (row >= e.rows) return;  // the whole block

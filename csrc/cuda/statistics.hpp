@@ -146,6 +146,36 @@ class Running {
   double weighted_ = 0.0, weight_ = 0.0, soft_ = 0.0, soft_weight_ = 0.0;
 };
 
+// The same from what was fetched of a row.
+template <class V, Form kForm, bool kAdjacent>
+class RowScan {
+ public:
+  using A = typename V::T;
+  static constexpr A kMissing = -static_cast<A>(__builtin_huge_val());
+
+  template <class R, class F>
+  __device__ void take(const Problem& p, int64_t row, const R& fetched_run, const F& fetched) {
+    bool holds_largest = false;
+    if constexpr (!kFull) holds_largest = running_.see(fetched.template largest<A>());
+    for_pieces<V, kForm == Form::kPlain ? 64 : 32>(fetched_run, fetched, [&](const auto& run, auto& z) {
+      [[maybe_unused]] A derivative[sizeof(z) / sizeof(A)], w[sizeof(z) / sizeof(A)], q[sizeof(z) / sizeof(A)];
+      if constexpr (kFull) {
+        transform_run<V>(p, run, z, derivative);
+        load_per_class(static_cast<const A*>(p.weight), run, w);
+        load_any(p, p.soft, row, run, q);
+        holds_largest = running_.see(largest_of(z));
+      }
+      running_.take(p, run, z, w, q, holds_largest);
+    });
+  }
+
+  __device__ Part part() const { return running_.part(); }
+
+ private:
+  static constexpr bool kFull = kForm == Form::kFull;
+  Running<V, kForm, kAdjacent> running_;
+};
+
 // Sums over the parts of a row, relative to its maximum; `others` leaves out the first part that holds the maximum. finish.hpp
 // does the same over blocks of several rows; here the lanes of a warp share the parts of one.
 struct MergedSums {

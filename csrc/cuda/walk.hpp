@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where the elements of a row lie, and which of them a thread takes: 16 bytes at a time where classes are neighbours in memory.
 //
-// Those come through shared memory, where each thread has a ring of its own: while it works on one batch of 16 bytes, the next
-// ones are on their way, and take no registers. A ring that holds all batches gives them again to the gradient of the row, which
-// then reads nothing.
+// Those come through shared memory, where each thread has a ring of its own: while it works on one batch of them, the next ones
+// are on their way, and take no registers.
 #pragma once
 
 #include <type_traits>
@@ -51,20 +50,21 @@ struct Place {
   int part;
 };
 
-__device__ inline Place place(const Problem& p) {
+__device__ inline Place place(const Problem& p, int64_t block) {
   Place at;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t slots = blockDim.x / kWarp / p.warps_per_row;
+  const int64_t slots = kThreads / kWarp / p.warps_per_row;
   at.warp = warp % p.warps_per_row;
   at.slot = warp / p.warps_per_row;
   at.part = blockIdx.y;
-  const int64_t group = blockIdx.x * slots + at.slot;
+  const int64_t group = block * slots + at.slot;
   at.row = p.adjacent ? group : group * kWarp + lane;
   at.lane = p.adjacent ? at.warp * kWarp + lane : at.warp;
   at.lanes = p.adjacent ? p.warps_per_row * kWarp : p.warps_per_row;
   at.there = at.row < p.rows;
   return at;
 }
+__device__ inline Place place(const Problem& p) { return place(p, blockIdx.x); }
 
 // Elements of one row: runs of kRun neighbours, one run every `step` classes, as far as they begin before `end`. A row has less
 // than 2^31 classes.
@@ -116,9 +116,19 @@ struct Batches {
       : begin(span.aligned + at.lane * kRun), step(at.lanes * kRun), end(span.end - (span.end - span.aligned) % kRun) {
     count = (end - span.aligned + kBatch * step - 1) / (kBatch * step);
   }
-  __device__ R first() const { return {begin, step, end}; }
+  __device__ R operator[](int i) const { return {begin + i * kBatch * step, step, end}; }
   __device__ void advance(R& run) const { run.first += kBatch * step; }
 };
+
+// Calls body(run) for what lies before the vectors of a span, or behind them. A thread takes one element.
+template <class Body>
+__device__ inline void for_head(const Place& at, const Span& span, Body body) {
+  if (span.begin < span.aligned) body(Run<1, 1>{span.begin + at.lane, 0, span.aligned});
+}
+template <class T, class Body>
+__device__ inline void for_tail(const Place& at, const Span& span, const Batches<T>& batches, Body body) {
+  if (batches.end < span.end) body(Run<1, 1>{batches.end + at.lane, 0, span.end});
+}
 
 // Calls body(run) for the elements that a thread takes of its row, columns rising. All lanes of a warp take as many calls, some
 // of them without elements.
@@ -126,11 +136,11 @@ template <class T, bool kAdjacent, class Body>
 __device__ inline void walk(const Problem& p, const Place& at, const T* row, Body body) {
   const Span span = span_of<T, kAdjacent>(p, at, row);
   if constexpr (kAdjacent) {
-    if (span.begin < span.aligned) body(Run<1, 1>{span.begin + at.lane, 0, span.aligned});
     const Batches<T> batches(at, span);
-    auto run = batches.first();
+    for_head(at, span, body);
+    auto run = batches[0];
     for (int i = 0; i < batches.count; ++i, batches.advance(run)) body(run);
-    if (batches.end < span.end) body(Run<1, 1>{batches.end + at.lane, 0, span.end});
+    for_tail(at, span, batches, body);
   } else {
     for (int c = span.begin; c < span.end; c += kStridedLoads * at.lanes) {
       body(Run<kStridedLoads, 1>{c + at.lane, at.lanes, span.end});
@@ -236,67 +246,65 @@ struct Fetched {
   }
 };
 
-// What a thread has of its row in shared memory: batches of vectors, `capacity` of them, of which kAhead are on their way.
+// A batch on its way to shared memory, a vector every kThreads.
+template <class T, class R>
+__device__ inline void fetch_batch(const T* row, const R& run, Vector* place) {
+  const bool all = run.has_all();
+#pragma unroll
+  for (int v = 0; v < kBatch; ++v) {
+    if (all || run.has(v * R::kRun)) fetch_vector(place + v * kThreads, row + run.column(v * R::kRun));
+  }
+}
+constexpr int kBatchStep = kBatch * kThreads;  // from one batch of a thread to the next
+
+// What a thread has of its row in shared memory: kAhead batches, or all if there are less.
 class Ring {
  public:
-  __device__ Ring(Vector* shared, int capacity) : begin_(shared + threadIdx.x), end_(begin_ + capacity * kStep) {}
+  __device__ Ring(Vector* shared, int batches) : begin_(shared + threadIdx.x), end_(begin_ + batches * kBatchStep) {}
 
   // Calls body(run, fetched) for the batches of a row.
   template <class T, class A, class Body>
-  __device__ void walk(const T* row, const Batches<T>& batches, A missing, Body body) {
-    const bool again = holds_row_;
-    auto run = batches.first(), next = run;
+  __device__ void walk(const T* row, const Batches<T>& batches, A missing, Body body) const {
+    auto run = batches[0], next = run;
     Vector *place = begin_, *next_place = begin_;
     const auto fetch_next = [&] {
-      if (next.has(0)) fetch(row, next, next_place);
+      if (next.has(0)) fetch_batch(row, next, next_place);
       end_of_fetch();
       batches.advance(next);
       advance(next_place);
     };
-    for (int i = 0; i < kAhead && !again; ++i) fetch_next();
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) fetch_next();
     for (int i = 0; i < batches.count; ++i) {
-      if (!again) wait_for_fetched<kAhead - 1>();
+      wait_for_fetched<kAhead - 1>();
       body(run, Fetched<T, typename Batches<T>::R>(place, run, missing));
-      if (!again) fetch_next();
+      fetch_next();
       batches.advance(run);
       advance(place);
     }
-    holds_row_ = begin_ + batches.count * kStep <= end_;
   }
 
  private:
-  static constexpr int kStep = kBatch * kThreads;
-
   __device__ void advance(Vector*& place) const {
-    place += kStep;
+    place += kBatchStep;
     if (place == end_) place = begin_;
   }
 
-  template <class T, class R>
-  __device__ static void fetch(const T* row, const R& run, Vector* place) {
-    const bool all = run.has_all();
-#pragma unroll
-    for (int v = 0; v < kBatch; ++v) {
-      if (all || run.has(v * R::kRun)) fetch_vector(place + v * kThreads, row + run.column(v * R::kRun));
-    }
-  }
-
   Vector *begin_, *end_;
-  bool holds_row_ = false;
 };
 
-// Calls body(run, fetched) for what a thread takes of a row; `missing` stands where a run has no element.
+// Calls body(run, fetched) for what a thread takes of a row, as walk does; `missing` stands where a run has no element.
 template <class T, bool kAdjacent, class A, class Body>
-__device__ inline void walk_fetched(const Problem& p, const Place& at, const T* row, A missing, Ring& ring, Body body) {
+__device__ inline void walk_fetched(const Problem& p, const Place& at, const T* row, A missing, const Ring& ring, Body body) {
   const auto one_by_one = [&](const auto& run) {
     body(run, Fetched<T, std::decay_t<decltype(run)>>(row, p.logits.class_step, run, missing));
   };
   if constexpr (kAdjacent) {
     const Span span = span_of<T, kAdjacent>(p, at, row);
     const Batches<T> batches(at, span);
-    if (span.begin < span.aligned) one_by_one(Run<1, 1>{span.begin + at.lane, 0, span.aligned});
+    for_head(at, span, one_by_one);
     ring.walk(row, batches, missing, body);
-    if (batches.end < span.end) one_by_one(Run<1, 1>{batches.end + at.lane, 0, span.end});
+    for_tail(at, span, batches, one_by_one);
   } else {
     walk<T, kAdjacent>(p, at, row, one_by_one);
   }
@@ -316,7 +324,7 @@ __device__ inline void for_pieces(const R& run, const F& fetched, Body body) {
 
 // Calls body(run, x) for the pieces of a row that a thread takes, with the logits as numbers.
 template <class T, class V, bool kAdjacent, class Body>
-__device__ inline void walk_logits(const Problem& p, const Place& at, const T* row, typename V::T missing, Ring& ring,
+__device__ inline void walk_logits(const Problem& p, const Place& at, const T* row, typename V::T missing, const Ring& ring,
                                    Body body) {
   walk_fetched<T, kAdjacent>(p, at, row, missing, ring,
                              [&](const auto& run, const auto& fetched) { for_pieces<V, 32>(run, fetched, body); });
