@@ -228,14 +228,14 @@ def planned(monkeypatch, rows, classes, dtype, **gpu):
         ("float16", 32_000, 1),
         ("float16", 50_257, 2),
         ("float16", 128_256, 4),
-        ("float16", 151_936, 8),
+        ("float16", 151_936, 4),
         ("float16", 262_144, 8),
         ("float32", 32_000, 2),
         ("float32", 128_256, 8),
         ("float32", 262_144, 8),  # one block a multiprocessor even so
     ],
 )
-def test_three_blocks_of_a_multiprocessor_have_room_for_their_rows(classes, dtype, blocks, monkeypatch):
+def test_two_blocks_of_a_multiprocessor_have_room_for_their_rows(classes, dtype, blocks, monkeypatch):
     assert planned(monkeypatch, 8192, classes, dtype) == (blocks, True)
 
 

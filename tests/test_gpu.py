@@ -34,8 +34,8 @@ def on_gpu(logits):
 def test_gpu_keeps_the_contract(classes, kind, dtype, options):
     if kind == "masked" and "label_smoothing" in options:
         pytest.skip("infinite, as its formula")
-    if kind == "confident" and classes == 1:
-        pytest.skip("no other class")
+    if classes == 1 and (kind == "confident" or "z_loss" in options):
+        pytest.skip("no other class; of z-loss too little is left beside what cancels")
     logits, target = logits_and_target(kind, classes, dtype)
     leaf = on_gpu(logits)
     loss = fl.cross_entropy(leaf, torch.from_numpy(target).cuda(), **options)

@@ -372,8 +372,9 @@ def test_autocast_multiplies_in_its_dtype():
 @on_each_device
 def test_checkpoints():
     hidden, weight, _ = factors()
+    target = targets("ids")
     for reentrant in (False, True):
-        loss = checkpoint(lambda h, w: ours(h * 2, w, targets("ids")), hidden, weight, use_reentrant=reentrant)
+        loss = checkpoint(lambda h, w: ours(h * 2, w, target), hidden, weight, use_reentrant=reentrant)
         assert_same_gradients_of_checkpoint(loss, (hidden, weight))
 
 

@@ -71,6 +71,7 @@ using SharedType = T;  // an array's, too: it stands before the name
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ inline bool any_lane(bool value) { return __any_sync(kAllLanes, value); }
+__device__ inline int count_lanes(bool value) { return __popc(__ballot_sync(kAllLanes, value)); }
 template <class T>
 __device__ inline T from_lane_xor(T value, int mask) {
   return __shfl_xor_sync(kAllLanes, value, mask);
@@ -93,11 +94,11 @@ __device__ inline void wait_for_fetched() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// All threads of the blocks of a cluster call these. Arriving early and waiting late tells only that all blocks have begun,
-// before which their shared memory is not theirs.
+// All threads of the blocks of a cluster call these. Arriving early and waiting late tells that all blocks have begun, before
+// which their shared memory is not theirs, and shows what they wrote to their own before.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 __device__ inline void cluster_wait() {
@@ -105,22 +106,54 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-// Like __syncthreads(): what was written before, to any memory, can be seen after it.
-__device__ inline void sync_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-  cluster_wait();
-}
 
-// A shared variable as another block of the cluster has it: a whole one, not a part of it.
-template <class T>
-__device__ inline T& in_block(T& shared, [[maybe_unused]] int block) {
-  T* there = &shared;
+// Numbers that blocks of a cluster send each other: a barrier in shared memory counts their bytes, turn after turn. A block
+// says in each turn how many it expects; it may be sent some before, but none of the next turn before all of this one are there.
+struct Arrivals {
+  uint64_t barrier;
+};
+__device__ inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ inline void begin_arrivals([[maybe_unused]] Arrivals& arrivals) {
 #if __CUDA_ARCH__ >= 900
-  asm("mapa.u64 %0, %0, %1;" : "+l"(there) : "r"(block));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+                   shared_address(&arrivals.barrier))
+               : "memory");
 #endif
-  return *there;
+}
+__device__ inline void expect_arrivals([[maybe_unused]] Arrivals& arrivals, [[maybe_unused]] int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&arrivals.barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+// To where another block has `shared`; `arrivals` is the one of that block as well.
+__device__ inline void send([[maybe_unused]] double& shared, [[maybe_unused]] int block, [[maybe_unused]] double value,
+                            [[maybe_unused]] Arrivals& arrivals) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .b32 there, barrier;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %2;\n\t"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n\t"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f64 [there], %3, [barrier];\n\t}" ::"r"(shared_address(&shared)),
+      "r"(shared_address(&arrivals.barrier)), "r"(block), "d"(value)
+      : "memory");
+#endif
+}
+__device__ inline void wait_for_arrivals([[maybe_unused]] Arrivals& arrivals, [[maybe_unused]] int turn) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t there = 0;
+  while (!there) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(there)
+        : "r"(shared_address(&arrivals.barrier)), "r"(turn % 2)
+        : "memory");
+  }
+#endif
 }
 
 inline void check(cudaError_t status, const char* what) {

@@ -65,7 +65,7 @@ class RunGradient {
     }
     const GradientFormula<Along<V>, !kFull> formula{terms_};
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) z[i] = formula.at(z, i);
+    for (int i = 0; i < kSize; ++i) z[i] = kFull ? formula.at(z, i) : formula.of_power(exp_of<V>(z[i] - formula.ref));
   }
 
  private:

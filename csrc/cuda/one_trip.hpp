@@ -5,9 +5,27 @@
 #pragma once
 
 #include "gradient.hpp"
+#include "statistics.hpp"
 
 namespace fastloss {
 namespace {
+
+// A row, or the part of it that a block takes.
+template <class T>
+struct Stretch {
+  Place at;
+  const T* row;
+  Span span;
+  Batches<T> batches;
+  bool counts;  // a row of the matrix that is not ignored
+
+  __device__ Stretch(const Problem& p, const Loss& loss, int64_t block)
+      : at(place(p, block)),
+        row(row_of<const T>(p, p.logits, at.there ? at.row : 0)),
+        span(span_of<T, true>(p, at, row)),
+        batches(at, span),
+        counts(at.there && !(p.ids.data && id_at(p.ids, at.row) == loss.ignore_index)) {}
+};
 
 // All batches of a thread of one row, in shared memory.
 template <class T>
@@ -59,28 +77,78 @@ class Shelf {
   int groups_ = 0;  // of this row: those of its batches, and perhaps empty ones
 };
 
-// A row, or the part of it that a block takes.
-template <class T>
-struct Stretch {
-  Place at;
-  const T* row;
-  Span span;
-  Batches<T> batches;
-  bool counts;  // a row of the matrix that is not ignored
-
-  __device__ Stretch(const Problem& p, const Loss& loss, int64_t block)
-      : at(place(p, block)),
-        row(row_of<const T>(p, p.logits, at.there ? at.row : 0)),
-        span(span_of<T, true>(p, at, row)),
-        batches(at, span),
-        counts(at.there && !label_of<typename AccumulatedIn<T>::V::T>(p, loss, at.row).ignored) {}
-};
-
 // An element that a thread takes by itself.
 template <class T, class R, class A>
 __device__ inline Fetched<T, R> fetched_alone(const T* row, const R& run, A missing) {
   return Fetched<T, R>(row, 1, run, missing);
 }
+
+// What a warp knows of its part of a row.
+template <class T, class V>
+__device__ inline Part scan_once(const Problem& p, const Stretch<T>& now, const Shelf<T>& shelf) {
+  RowScan<V, Form::kFull, true> scan;
+  if (now.counts) {
+    const auto take = [&](const auto& run, const auto& fetched) { scan.take(p, now.at.row, run, fetched); };
+    const auto take_alone = [&](const auto& run) { take(run, fetched_alone(now.row, run, scan.kMissing)); };
+    for_head(now.at, now.span, take_alone);
+    for (int i = 0; i < now.batches.count; ++i) take(now.batches[i], shelf.get(now.batches, i, scan.kMissing));
+    for_tail(now.at, now.span, now.batches, take_alone);
+  }
+  return scan.part();
+}
+
+// The same of a plain row: it looks for the maximum first, so that no sum ever moves over to another.
+template <class T, class V>
+__device__ inline Part scan_twice(const Stretch<T>& now, const Shelf<T>& shelf) {
+  using A = typename V::T;
+  constexpr A kMissing = -static_cast<A>(__builtin_huge_val());
+  Part out = {};
+  out.max = kMissing;
+  if (!now.counts) return out;
+  const int head = -1, tail = now.batches.count;
+  A top = kMissing;
+  int place = head;  // the first batch that holds the largest number of this thread
+  const auto see = [&](int i, const auto& fetched) {
+    const A largest = fetched.template largest<A>();
+    if (largest > top) {
+      top = largest;
+      place = i;
+    }
+  };
+  for_head(now.at, now.span, [&](const auto& run) { see(head, fetched_alone(now.row, run, kMissing)); });
+  for (int i = 0; i < tail; ++i) see(i, shelf.get(now.batches, i, kMissing));
+  for_tail(now.at, now.span, now.batches, [&](const auto& run) { see(tail, fetched_alone(now.row, run, kMissing)); });
+
+  const A max = max_over_warp(top), ref = finite_reference(max);
+  bool owns = top == max && top > kMissing;  // one of the largest of the warp, whose exp(0) = 1 is counted, not summed
+  const int owners = count_lanes(owns);
+  double sum = 0.0;
+  const auto add = [&](int i, const auto& fetched_run, const auto& fetched) {
+    for_pieces<V, 64>(fetched_run, fetched, [&](const auto&, auto& z) {
+      if (owns && place == i) owns = take_away(max, z) < 0;
+      sum += sum_of_powers<V>(z, ref);
+    });
+  };
+  const auto add_alone = [&](int i) {
+    return [&, i](const auto& run) { add(i, run, fetched_alone(now.row, run, kMissing)); };
+  };
+  for_head(now.at, now.span, add_alone(head));
+  for (int i = 0; i < tail; ++i) add(i, now.batches[i], shelf.again(now.batches, i, kMissing));
+  for_tail(now.at, now.span, now.batches, add_alone(tail));
+  sum = sum_over_warp(sum);
+  out.max = max;
+  out.sum = sum + owners;
+  out.rest = sum + (owners - 1.0);
+  if (max == static_cast<A>(__builtin_huge_val())) out.sum = out.rest = __builtin_nan("");
+  return out;
+}
+
+// What one thread asks of memory for its row.
+template <class V>
+struct Asked {
+  Target<V> target;
+  double u;
+};
 
 template <class T, bool kFull>
 FASTLOSS_KERNEL(kThreads, (kFull ? 2 : 3))
@@ -90,65 +158,91 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
   constexpr int kWarps = kThreads / kWarp;
   // Two sets in turn: a block that is ahead does not write what others have yet to read.
   FASTLOSS_SHARED(Part[2][kWarps * kMostOfCluster], parts);
+  FASTLOSS_SHARED(Arrivals[2], arrivals);
+  FASTLOSS_SHARED(Asked<V>[kWarps], asked);
   FASTLOSS_SHARED(GradientRow[kWarps], coefficients);
   FASTLOSS_SHARED_VECTORS(vectors);
-  if (p.parts > 1) cluster_arrive();  // early: the wait comes when all have long begun
+  const bool in_cluster = p.parts > 1;
+  if (in_cluster) {
+    if (threadIdx.x == 0) {
+      begin_arrivals(arrivals[0]);
+      begin_arrivals(arrivals[1]);
+    }
+    cluster_arrive();  // early: the wait comes when all have long begun
+  }
   const int lane = threadIdx.x % kWarp;
-  const int64_t first_block = int64_t{blockIdx.x} * p.turns;
   Shelf<T> shelf(vectors);
-  Stretch<T> now(p, loss, first_block);
+  Stretch<T> now(p, loss, int64_t{blockIdx.x} * p.turns);
   if (now.counts) shelf.fetch_from(0, now.row, now.batches);
   for (int turn = 0; turn < p.turns; ++turn) {
-    const Place at = now.at;
+    const Place& at = now.at;
     const bool leads = at.lane == 0 && at.there;
-    // Asked for early, so that they come while the row does; and in place, before anything is written.
-    Target<V> target = {};
-    double u = 0.0;
-    if (leads) {
-      target = target_of<T, V>(p, loss, at.row);
-      u = upstream_of(source, at.row);
+    // Asked for while the row comes, which takes longer; and in place, before anything is written.
+    if (leads) asked[at.slot] = {target_of<T, V>(p, loss, at.row), upstream_of(source, at.row)};
+    Part part;
+    if constexpr (kFull) {
+      part = scan_once<T, V>(p, now, shelf);
+    } else {
+      part = scan_twice<T, V>(now, shelf);
     }
-
-    RowScan<V, kFull ? Form::kFull : Form::kPlain, true> scan;
-    if (now.counts) {
-      const auto take = [&](const auto& run, const auto& fetched) { scan.take(p, at.row, run, fetched); };
-      const auto take_alone = [&](const auto& run) { take(run, fetched_alone(now.row, run, scan.kMissing)); };
-      for_head(at, now.span, take_alone);
-      for (int i = 0; i < now.batches.count; ++i) take(now.batches[i], shelf.get(now.batches, i, scan.kMissing));
-      for_tail(at, now.span, now.batches, take_alone);
-    }
-    const Part part = scan.part();
 
     // Each block gets the parts of all of them, and works out the same.
-    const int count = p.parts * p.warps_per_row, first = at.slot * count, mine = first + at.part * p.warps_per_row + at.warp;
-    const int set = turn % 2;
-    if (p.parts > 1) {
+    const int count = p.parts * p.warps_per_row, begin = at.slot * count;
+    const int mine = begin + at.part * p.warps_per_row + at.warp, set = turn % 2;
+    if (in_cluster) {
+      constexpr int kNumbers = kFull ? 7 : 3;
       if (turn == 0) cluster_wait();
-      if (lane < p.parts) in_block(parts, lane)[set][mine] = part;
-      sync_cluster();
+      if (threadIdx.x == 0) expect_arrivals(arrivals[set], count * kNumbers * static_cast<int>(sizeof(double)));
+      if (lane < p.parts) {
+        Part& there = parts[set][mine];
+        const auto give = [&](double Part::*number) { send(there.*number, lane, part.*number, arrivals[set]); };
+        give(&Part::max);
+        give(&Part::sum);
+        give(&Part::rest);
+        if constexpr (kFull) {
+          give(&Part::weighted);
+          give(&Part::weight);
+          give(&Part::soft);
+          give(&Part::soft_weight);
+        }
+      }
+      if (at.warp == 0) wait_for_arrivals(arrivals[set], turn / 2);
     } else {
       if (lane == 0) parts[set][mine] = part;
       __syncthreads();
     }
-    A of_target = 0;
+    const Asked<V>& of_row = asked[at.slot];
+    const Label<A>& label = of_row.target.label;
+    RowStats stats = {};
     if (at.warp == 0 && at.there) {
-      const RowStats stats = merge_parts<true>(parts[set] + first, count, 1);
+      stats = merge_parts<true, !kFull>(parts[set] + begin, count, 1);
       if (lane == 0) {
         SavedRow saved;
-        const double value = loss_of_row<V>(p, loss, target, stats, saved);
-        if (at.part == 0) write_loss<A>(loss, at.row, value, saved);
-        double g = 0.0;
-        coefficients[at.slot] = coefficients_of_loss(p, loss, target.label, saved, u, g);
-        of_target = target_gradient<V>(p, coefficients[at.slot], target.label.id, target.logit, g);
+        loss_of_row<V>(p, loss, of_row.target, stats, saved);
+        coefficients[at.slot] = coefficients_of_loss(p, loss, label, saved, of_row.u);
       }
     }
     __syncthreads();
 
-    const Stretch<T> next(p, loss, first_block + turn + 1);
+    // What nobody waits for.
+    const GradientRow& c = coefficients[at.slot];
+    T* place_of_target = nullptr;
+    A of_target = 0;
+    if (leads && p.grad.data && has_logit(label) && label.id >= now.span.begin && label.id < now.span.end) {
+      place_of_target = row_of<T>(p, p.grad, at.row) + label.id * p.grad.class_step;
+      of_target = target_gradient<V>(p, c, label.id, of_row.target.logit, one_hot_of_loss(loss, label, of_row.u));
+    }
+    if (leads && at.part == 0) {
+      SavedRow saved;
+      stats.log_sum = log1p_nonnegative<CudaF64>(stats.rest);
+      const double value = loss_of_row<V>(p, loss, of_row.target, stats, saved);
+      write_loss<A>(loss, at.row, value, saved);
+    }
+
+    const Stretch<T> next(p, loss, int64_t{blockIdx.x} * p.turns + turn + 1);
     const bool fetches = turn + 1 < p.turns && next.counts;
     int fetched = 0;
     if (p.grad.data && at.there) {
-      const GradientRow& c = coefficients[at.slot];
       T* out = row_of<T>(p, p.grad, at.row);
       if (c.zero) {
         write_zeros<T, V, true>(p, at);
@@ -172,9 +266,7 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
     if (fetches) shelf.fetch_from(fetched, next.row, next.batches);
     if (p.grad.data) {
       __syncthreads();
-      const Label& label = target.label;
-      const bool mine = leads && has_logit(p, label) && label.id >= now.span.begin && label.id < now.span.end;
-      if (mine) put(of_target, row_of<T>(p, p.grad, at.row)[label.id * p.grad.class_step]);
+      if (place_of_target) put(of_target, *place_of_target);
     }
     now = next;
   }

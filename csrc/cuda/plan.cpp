@@ -12,20 +12,22 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int64_t kWarpBytes = kBatch * kWarp * kVectorBytes;  // what a warp loads at a time
+constexpr int64_t kScanBytes = 8 * kWarpBytes;                 // that a warp takes of a row, at least, before others share it
 constexpr int64_t kMostClasses = INT32_MAX - (1 << 20);        // a thread steps past the end of a row
 constexpr int64_t kPartBytes = 16 * kWarpBytes;                // a row is split into no less
 constexpr int64_t kMostParts = 64;                             // of a row whose parts are merged
 constexpr int kBlocksOfMultiprocessor = 3;                     // at a time: for fewer in all, rows are split
+constexpr int kBlocksWithRoom = 2;                             // of a multiprocessor, for rows in shared memory
 constexpr int kMostTurns = 8, kLeastWaves = 8;                 // of blocks: the last of them leaves some of the GPU idle
 constexpr int kOtherBytes = 12 << 10;                          // of shared memory, that a block takes beside its rings, at most
 constexpr int64_t kStridedClasses = 8;                         // a thread's, at a time
 constexpr int kMultiprocessorsOfBlock = 8;                     // of a cluster, at least: small GPUs may take none of 8
 
-// The largest power of two that is at most `value`, between 1 and `most`.
-int power_of_two(int64_t value, int most) {
-  int power = 1;
-  while (2 * power <= std::min<int64_t>(value, most)) power *= 2;
-  return power;
+// The largest power of two that is at most `wanted`, as far as a block has warps.
+void share_row(Problem& p, int64_t wanted) {
+  p.warps_log2 = 0;
+  while (2 << p.warps_log2 <= std::min<int64_t>(wanted, kThreads / kWarp)) ++p.warps_log2;
+  p.warps_per_row = 1 << p.warps_log2;
 }
 
 // The most batches that a thread can have of one of so many parts of a row.
@@ -45,7 +47,7 @@ int blocks_of_row(const Problem& p, const Gpu& gpu) {
   for (int blocks = 1; blocks == 1 || (clusters && blocks <= most); blocks *= 2) {
     const int64_t shared = int64_t(batches_of(p, blocks)) * kBatchBytes + kOtherBytes;
     const bool last = !clusters || 2 * blocks > most;
-    const bool fits = shared <= gpu.shared_of_block && shared * (last ? 1 : kBlocksOfMultiprocessor) <= gpu.shared_of_multiprocessor;
+    const bool fits = shared <= gpu.shared_of_block && shared * (last ? 1 : kBlocksWithRoom) <= gpu.shared_of_multiprocessor;
     const bool fills = 4 * p.rows * blocks >= 3 * gpu.multiprocessors || bytes < 2 * kPartBytes;
     if (fits && fills) return blocks;
   }
@@ -107,11 +109,11 @@ void plan(Problem& p, int multiprocessors) {
   constexpr int kWarps = kThreads / kWarp;
   int64_t blocks, most_parts;
   if (p.adjacent) {
-    p.warps_per_row = power_of_two(bytes / kWarpBytes, kWarps);
+    share_row(p, bytes / kScanBytes);
     blocks = p.rows / (kWarps / p.warps_per_row);
     most_parts = bytes / kPartBytes;
   } else {
-    p.warps_per_row = power_of_two(p.classes / kStridedClasses, kWarps);
+    share_row(p, p.classes / kStridedClasses);
     blocks = p.rows / (kThreads / p.warps_per_row);
     most_parts = p.classes / (kStridedClasses * kWarps);
   }
@@ -125,7 +127,7 @@ void plan(Problem& p, int multiprocessors) {
 }
 
 void plan_blocks_of_rows(Problem& p) {
-  p.warps_per_row = kThreads / kWarp;
+  share_row(p, kThreads / kWarp);
   p.batches = std::min(kAhead, batches_of(p, 1));
 }
 
@@ -150,8 +152,11 @@ bool plan_loss(Problem& p, const Gpu& gpu, bool gradient) {
   plan(p, gpu.multiprocessors);
   if (!gradient) return false;
   if (!p.adjacent) return p.parts == 1;
-  const int blocks = blocks_of_row(p, gpu);
+  Problem one_trip = p;
+  share_row(one_trip, p.classes * itemsize_of(p.logits.dtype) / kWarpBytes);
+  const int blocks = blocks_of_row(one_trip, gpu);
   if (blocks == 0) return false;
+  p = one_trip;
   p.parts = blocks;
   p.batches = batches_of(p, blocks);
   const int64_t groups = p.rows / (kThreads / kWarp / p.warps_per_row);

@@ -50,7 +50,8 @@ struct Problem {
   // How threads share a row: `adjacent` where its classes lie side by side. Then the lanes of a warp take neighbouring classes
   // of one row, else the same class of neighbouring rows.
   bool adjacent = true;
-  int warps_per_row = 1;  // warps of a block that share a row, or 32 rows
+  int warps_per_row = 1;  // warps of a block that share a row, or 32 rows: a power of two
+  int warps_log2 = 0;
   int parts = 1;          // blocks that share them: in one trip a cluster of blocks
   int turns = 1;          // in one trip: rows that blocks take one after the other
   int batches = 0;        // of a row, that a thread has room for in shared memory

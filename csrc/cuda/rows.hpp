@@ -27,33 +27,38 @@ __device__ inline Transformed<V> logit_at(const Problem& p, const T* row, int64_
 }
 
 // The target of a row of a cross-entropy. An id out of range is never used as a place: its row gets NaN.
+template <class A>
 struct Label {
-  int64_t id;
+  int id;  // -1: none, or out of range
   bool ignored, valid;
-  double weight;  // w_y
+  A weight;  // w_y
 };
 
 template <class A>
-__device__ inline Label label_of(const Problem& p, const Loss& loss, int64_t row) {
-  if (!p.ids.data) return {0, false, true, 1.0};
+__device__ inline Label<A> label_of(const Problem& p, const Loss& loss, int64_t row) {
+  if (!p.ids.data) return {-1, false, true, A(1)};
   const int64_t id = id_at(p.ids, row);
   const bool valid = id >= 0 && id < p.classes;
-  return {id, id == loss.ignore_index, valid, valid ? per_class<A>(loss.class_weight, id, A(1)) : 1.0};
+  return {valid ? static_cast<int>(id) : -1, id == loss.ignore_index, valid,
+          valid ? per_class<A>(loss.class_weight, id, A(1)) : A(1)};
 }
 
-__device__ inline bool has_logit(const Problem& p, const Label& label) { return p.ids.data && label.valid && !label.ignored; }
+template <class A>
+__device__ inline bool has_logit(const Label<A>& label) {
+  return label.id >= 0 && !label.ignored;
+}
 
 // And its logit z with dz/dx, as far as there is one.
 template <class V>
 struct Target {
-  Label label;
+  Label<typename V::T> label;
   Transformed<V> logit;
 };
 
 template <class T, class V>
 __device__ inline Target<V> target_of(const Problem& p, const Loss& loss, int64_t row) {
   Target<V> target = {label_of<typename V::T>(p, loss, row), {}};
-  if (has_logit(p, target.label)) target.logit = logit_at<T, V>(p, row_of<const T>(p, p.logits, row), target.label.id);
+  if (has_logit(target.label)) target.logit = logit_at<T, V>(p, row_of<const T>(p, p.logits, row), target.label.id);
   return target;
 }
 
@@ -138,23 +143,32 @@ __device__ inline bool made_by_forward(const GradientSource& source) {
   return expected.made_for && same_bits(came, *expected.made_for);
 }
 
-// Of a loss times u; sets g of a lone target as well.
-__device__ inline GradientRow coefficients_of_loss(const Problem& p, const Loss& loss, const Label& label,
-                                                   const SavedRow& saved, double u, double& g) {
+// Of a loss times u.
+template <class A>
+__device__ inline GradientRow coefficients_of_loss(const Problem& p, const Loss& loss, const Label<A>& label,
+                                                   const SavedRow& saved, double u) {
   GradientRow out;
   out.zero = p.ids.data && label.ignored;
   if (out.zero) return out;
-  g = u * label.weight * (1.0 - loss.label_smoothing);
   return cross_entropy_gradient({loss.label_smoothing, loss.z_loss}, p.classes, saved, label.weight, !p.ids.data, u);
 }
 
-// The same, or those that lie in memory, whose g stay there.
+// And what goes with its target alone.
+template <class A>
+__device__ inline double one_hot_of_loss(const Loss& loss, const Label<A>& label, double u) {
+  return u * label.weight * (1.0 - loss.label_smoothing);
+}
+
+// Both of a loss; or coefficients that lie in memory, where g stay.
 template <class A>
 __device__ inline GradientRow coefficients_of(const Problem& p, const Loss& loss, const GradientSource& source,
                                               const double* saved, int64_t row, double& g) {
   const SavedRow kept{saved[3 * row], saved[3 * row + 1], saved[3 * row + 2]};
   if (loss.wanted) {
-    return coefficients_of_loss(p, loss, label_of<A>(p, loss, row), kept, upstream_of(source, row), g);
+    const Label<A> label = label_of<A>(p, loss, row);
+    const double u = upstream_of(source, row);
+    g = one_hot_of_loss(loss, label, u);
+    return coefficients_of_loss(p, loss, label, kept, u);
   }
   GradientRow out;
   const double* c = source.coefficients + 4 * row;

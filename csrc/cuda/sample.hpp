@@ -102,7 +102,7 @@ sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS
   FASTLOSS_SHARED_VECTORS(vectors);
   const Ring ring(vectors, p.batches);
   const Place at = place(p);
-  const Label label = label_of<A>(p, loss, at.row);
+  const Label<A> label = label_of<A>(p, loss, at.row);
   if (p.ids.data && label.ignored) return;  // the whole block
   const bool with_target = p.ids.data && label.valid;
   if (threadIdx.x == 0) {

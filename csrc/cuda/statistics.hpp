@@ -12,6 +12,32 @@ namespace {
 
 __device__ inline double exp_nonpositive(double x) { return exp_clamped<CudaF64>(clamp_exponent<CudaF64>(x)); }
 
+// The first place of z that holds the number, which gives way to -inf; -1 where none does.
+template <class A, int kSize>
+__device__ inline int take_away(A number, A (&z)[kSize]) {
+  int place = -1;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    if (place >= 0 || z[i] != number) continue;
+    place = i;
+    z[i] = -static_cast<A>(__builtin_huge_val());
+  }
+  return place;
+}
+
+// In float only within a run, by a short tree: what is added up over long rows is double.
+template <class V, int kSize>
+__device__ inline typename V::T sum_of_powers(const typename V::T (&z)[kSize], typename V::T ref) {
+  constexpr int kChains = kSize < 4 ? 1 : 4;
+  typename V::T sum[4] = {};
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const auto e = exp_of<V>(z[i] - ref);
+    sum[i % kChains] = i < kChains ? e : sum[i % kChains] + e;
+  }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 template <class V, Form kForm, bool kAdjacent>
 class Running {
  public:
@@ -88,36 +114,31 @@ class Running {
 
   template <class R>
   __device__ bool set_aside(const R& run, A (&z)[R::kSize]) {
-    bool found = false;
-#pragma unroll
-    for (int i = 0; i < R::kSize; ++i) {
-      if (found || z[i] != max_) continue;
-      found = true;
-      argmax_ = run.column(i);
-      z[i] = -static_cast<A>(__builtin_huge_val());
-    }
-    if (found) own_ = 1.0;
-    return found;
+    const int place = take_away(max_, z);
+    if (place < 0) return false;
+    argmax_ = run.column(place);
+    own_ = 1.0;
+    return true;
   }
 
-  // In float only within the run, by a short tree: what is added up over long rows is double.
   template <class R>
   __device__ void add_exponentials(const Problem& p, const A (&z)[R::kSize], A ref) {
-    constexpr int kChains = R::kSize < 4 ? 1 : 4;
-    A sum[4] = {}, sum_x[4] = {}, sum_sq[4] = {};
+    if constexpr (!kMoments) {
+      sum_ += sum_of_powers<V>(z, ref);
+    } else {
+      constexpr int kChains = R::kSize < 4 ? 1 : 4;
+      A sum[4] = {}, sum_x[4] = {}, sum_sq[4] = {};
 #pragma unroll
-    for (int i = 0; i < R::kSize; ++i) {
-      const int c = i % kChains;
-      const A x = kMoments ? clamp_exponent<V>(z[i] - ref) : z[i] - ref;
-      const A e = kMoments ? exp_clamped<V>(x) : exp_of<V>(x);
-      sum[c] = i < kChains ? e : sum[c] + e;
-      if (kForm == Form::kMoments || (kFull && p.want & (kWantEntropy | kWantSumSq))) {
-        sum_x[c] = V::fma(e, x, sum_x[c]);
-        sum_sq[c] = V::fma(e, e, sum_sq[c]);
+      for (int i = 0; i < R::kSize; ++i) {
+        const int c = i % kChains;
+        const A x = clamp_exponent<V>(z[i] - ref), e = exp_clamped<V>(x);
+        sum[c] += e;
+        if (!kFull || p.want & (kWantEntropy | kWantSumSq)) {
+          sum_x[c] = V::fma(e, x, sum_x[c]);
+          sum_sq[c] = V::fma(e, e, sum_sq[c]);
+        }
       }
-    }
-    sum_ += (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    if constexpr (kMoments) {
+      sum_ += (sum[0] + sum[1]) + (sum[2] + sum[3]);
       sum_x_ += (sum_x[0] + sum_x[1]) + (sum_x[2] + sum_x[3]);
       sum_sq_ += (sum_sq[0] + sum_sq[1]) + (sum_sq[2] + sum_sq[3]);
     }
@@ -211,8 +232,9 @@ __device__ inline RowStats row_stats(const MergedSums& sums, const Part& top) {
   return s;
 }
 
-// The parts of a row become its statistics, known to all lanes: those of a warp where they share the row, else each its own.
-template <bool kTogether>
+// The parts of a row become its statistics, known to all lanes: those of a warp where they share the row, else each its own. Of
+// kPlain parts, maximum and rest alone.
+template <bool kTogether, bool kPlain = false>
 __device__ inline RowStats merge_parts(const Part* parts, int count, int step) {
   const int lane = kTogether ? threadIdx.x % kWarp : 0, lanes = kTogether ? kWarp : 1;
   double max = -__builtin_huge_val();
@@ -231,7 +253,9 @@ __device__ inline RowStats merge_parts(const Part* parts, int count, int step) {
   }
   MergedSums sums = {};
   for (int i = lane; i < count; i += lanes) merge(sums, parts[i * step], max, i == top);
-  if (kTogether) {
+  if (kPlain) {
+    sums = {sum_over_warp(sums.others), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
+  } else if (kTogether) {
     sums = {sum_over_warp(sums.others), sum_over_warp(sums.sum_x), sum_over_warp(sums.sum_sq),     sum_over_warp(sums.weighted),
             sum_over_warp(sums.weight), sum_over_warp(sums.soft),  sum_over_warp(sums.soft_weight)};
   }

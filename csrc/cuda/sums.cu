@@ -25,7 +25,7 @@ sum_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_AR
   double losses = 0.0, weights = 0.0;
   for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
     if (sums.losses) losses += sums.losses[row];
-    const Label label = label_of<A>(p, loss, row);
+    const Label<A> label = label_of<A>(p, loss, row);
     if (!p.ids.data || !label.ignored) weights += label.weight;
   }
   losses = sum_over_block(losses);

@@ -53,9 +53,9 @@ struct Place {
 __device__ inline Place place(const Problem& p, int64_t block) {
   Place at;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t slots = kThreads / kWarp / p.warps_per_row;
-  at.warp = warp % p.warps_per_row;
-  at.slot = warp / p.warps_per_row;
+  const int64_t slots = (kThreads / kWarp) >> p.warps_log2;
+  at.warp = warp & (p.warps_per_row - 1);
+  at.slot = warp >> p.warps_log2;
   at.part = blockIdx.y;
   const int64_t group = block * slots + at.slot;
   at.row = p.adjacent ? group : group * kWarp + lane;
@@ -91,16 +91,21 @@ struct Span {
 template <class T, bool kAdjacent>
 __device__ inline Span span_of(const Problem& p, const Place& at, const T* row) {
   const int classes = static_cast<int>(p.classes);
-  const auto share = [&](int of) { return static_cast<int>(static_cast<int64_t>(of) * at.part / p.parts); };
-  const auto next_share = [&](int of) { return static_cast<int>(static_cast<int64_t>(of) * (at.part + 1) / p.parts); };
+  // Of so many things. Parts differ by one at most.
+  const auto begin_of = [&](int part, int of) {
+    const int least = of / p.parts, more = of % p.parts;
+    return part * least + (part < more ? part : more);
+  };
   if constexpr (!kAdjacent) {
-    return {share(classes), next_share(classes), share(classes)};
+    const int begin = begin_of(at.part, classes);
+    return {begin, begin_of(at.part + 1, classes), begin};
   } else {
     constexpr int kRun = kVectorBytes / sizeof(T);
     const int to_aligned = (kVectorBytes - reinterpret_cast<uintptr_t>(row) % kVectorBytes) % kVectorBytes / sizeof(T);
     const int head = to_aligned < classes ? to_aligned : classes;
+    if (p.parts == 1) return {0, classes, head};
     const int vectors = (classes - head) / kRun;
-    const int first = head + share(vectors) * kRun, last = head + next_share(vectors) * kRun;
+    const int first = head + begin_of(at.part, vectors) * kRun, last = head + begin_of(at.part + 1, vectors) * kRun;
     return {at.part == 0 ? 0 : first, at.part == p.parts - 1 ? classes : last, first};
   }
 }

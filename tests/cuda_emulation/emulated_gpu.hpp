@@ -23,9 +23,10 @@
 
 #define __device__
 // One for each block of a cluster; clusters run one after the other.
-#define FASTLOSS_SHARED(type, name)                         \
-  static SharedType<type> of_blocks_##name[kMostOfCluster]; \
-  auto& name = of_blocks_##name[cluster.block()]
+#define FASTLOSS_SHARED(type, name)                             \
+  static SharedType<type> of_blocks_##name[kMostOfCluster];     \
+  auto& name = of_blocks_##name[cluster.block()];               \
+  cluster.note_shared(of_blocks_##name, sizeof(of_blocks_##name[0]))
 #define FASTLOSS_SHARED_VECTORS(name) Vector* const name = cluster.shared_vectors()
 #define FASTLOSS_KERNEL(threads, blocks) void
 #define FASTLOSS_ARGUMENT const
@@ -114,6 +115,36 @@ class Cluster {
   void arrive_at_cluster() { arrive(&Fiber::cluster_waits); }
   void wait_for_cluster() { wait(&Fiber::cluster_waits); }
 
+  // A shared variable of all blocks of a cluster, `size` bytes each.
+  void note_shared(void* all, size_t size) {
+    for (const Shared& shared : variables_) {
+      if (shared.all == all) return;
+    }
+    variables_.push_back({static_cast<char*>(all), size});
+  }
+
+  // What this block has at `mine`, as another has it.
+  template <class T>
+  T& in_block(T& mine, int other) {
+    check_that_block_is_there(other);
+    char* const address = reinterpret_cast<char*>(&mine);
+    for (const Shared& shared : variables_) {
+      if (address >= shared.all && address < shared.all + kMostOfCluster * shared.size) {
+        return *reinterpret_cast<T*>(address + (other - block()) * static_cast<int64_t>(shared.size));
+      }
+    }
+    fail("not a shared variable");
+  }
+
+  void wait_until(const std::function<bool()>& condition) {
+    Fiber& fiber = fibers_[current_];
+    while (!condition()) {
+      fiber.until = &condition;
+      swapcontext(&fiber.context, &scheduler_);
+    }
+    fiber.until = nullptr;
+  }
+
   void check_that_block_is_there(int block) const {
     for (int i = block * threads_; i < (block + 1) * threads_; ++i) {
       if (!fibers_[i].begun) fail("shared memory of a block that has not begun");
@@ -147,14 +178,19 @@ class Cluster {
     bool begun = false, done = false;
     int64_t warp_waits = 0, block_waits = 0, cluster_waits = 0;  // barriers reached so far
     int64_t Fiber::* waits_at = nullptr;
+    const std::function<bool()>* until = nullptr;
     std::vector<Fetch> on_their_way;
+  };
+  struct Shared {
+    char* all;
+    size_t size;
   };
   static constexpr Vector kPoison = {{0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0, 0x7fc07fc0}};
   struct Exchange {
     char value[2][8];
   };
 
-  static void fail(const char* what) {
+  [[noreturn]] static void fail(const char* what) {
     fprintf(stderr, "emulated GPU: %s\n", what);
     abort();  // fibers cannot be unwound
   }
@@ -174,6 +210,7 @@ class Cluster {
   // All who share the barrier have reached it as often, or have ended: a barrier does not wait for threads that are gone.
   bool may_go(int thread) {
     const Fiber& fiber = fibers_[thread];
+    if (fiber.until) return (*fiber.until)();
     if (!fiber.waits_at) return true;
     const bool warp = fiber.waits_at == &Fiber::warp_waits, cluster = fiber.waits_at == &Fiber::cluster_waits;
     const auto arrived = [&](int i) { return fibers_[i].*fiber.waits_at >= fiber.*fiber.waits_at; };
@@ -207,6 +244,7 @@ class Cluster {
   int straggler_ = 0;
   std::vector<Fiber> fibers_;
   std::vector<std::vector<Vector>> shared_;  // of each block
+  std::vector<Shared> variables_;
   std::vector<Exchange> exchange_;
   std::vector<void*> stacks_;
   ucontext_t scheduler_;
@@ -226,6 +264,11 @@ inline bool any_lane(bool value) {
   for (int mask = kWarp / 2; mask >= 1; mask /= 2) any |= cluster.exchange(any, cluster.lane() ^ mask);
   return any;
 }
+inline int count_lanes(bool value) {
+  int count = value;
+  for (int mask = kWarp / 2; mask >= 1; mask /= 2) count += cluster.exchange(count, cluster.lane() ^ mask);
+  return count;
+}
 template <class T>
 T from_lane_xor(T value, int mask) {
   return cluster.exchange(value, cluster.lane() ^ mask);
@@ -244,14 +287,22 @@ void wait_for_fetched() {
 
 inline void cluster_arrive() { cluster.arrive_at_cluster(); }
 inline void cluster_wait() { cluster.wait_for_cluster(); }
-inline void sync_cluster() {
-  cluster_arrive();
-  cluster_wait();
+
+// Bytes that came so far, and that were expected. What is sent comes at once; a turn ends when all that it expects is there.
+struct Arrivals {
+  int64_t came, expected, turns;
+};
+inline void begin_arrivals(Arrivals& arrivals) { arrivals = {}; }
+inline void expect_arrivals(Arrivals& arrivals, int bytes) {
+  arrivals.expected += bytes;
+  ++arrivals.turns;
 }
-template <class T>
-T& in_block(T& shared, int block) {
-  cluster.check_that_block_is_there(block);
-  return (&shared)[block - cluster.block()];
+inline void send(double& shared, int block, double value, Arrivals& arrivals) {
+  cluster.in_block(shared, block) = value;
+  cluster.in_block(arrivals, block).came += sizeof value;
+}
+inline void wait_for_arrivals(Arrivals& arrivals, int turn) {
+  cluster.wait_until([&arrivals, turn] { return arrivals.turns > turn && arrivals.came >= arrivals.expected; });
 }
 
 // As far off as the hardware may be: 2 units in the last place, up or down as it happens; 0 below the smallest normal number.
