@@ -71,7 +71,10 @@ using SharedType = T;  // an array's, too: it stands before the name
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ inline bool any_lane(bool value) { return __any_sync(kAllLanes, value); }
-__device__ inline int count_lanes(bool value) { return __popc(__ballot_sync(kAllLanes, value)); }
+// A bit for each lane.
+__device__ inline uint32_t lanes_where(bool value) { return __ballot_sync(kAllLanes, value); }
+__device__ inline int count_bits(uint32_t bits) { return __popc(bits); }
+__device__ inline int first_bit(uint32_t bits) { return __ffs(bits) - 1; }
 template <class T>
 __device__ inline T from_lane_xor(T value, int mask) {
   return __shfl_xor_sync(kAllLanes, value, mask);
@@ -95,10 +98,10 @@ __device__ inline void wait_for_fetched() {
 }
 
 // All threads of the blocks of a cluster call these. Arriving early and waiting late tells that all blocks have begun, before
-// which their shared memory is not theirs, and shows what they wrote to their own before.
+// which their shared memory is not theirs.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 __device__ inline void cluster_wait() {
@@ -109,6 +112,7 @@ __device__ inline void cluster_wait() {
 
 // Numbers that blocks of a cluster send each other: a barrier in shared memory counts their bytes, turn after turn. A block
 // says in each turn how many it expects; it may be sent some before, but none of the next turn before all of this one are there.
+// It begins to count before it arrives at the cluster.
 struct Arrivals {
   uint64_t barrier;
 };
@@ -147,7 +151,7 @@ __device__ inline void wait_for_arrivals([[maybe_unused]] Arrivals& arrivals, [[
   while (!there) {
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(there)
         : "r"(shared_address(&arrivals.barrier)), "r"(turn % 2)

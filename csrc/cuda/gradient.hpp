@@ -47,9 +47,16 @@ class RunGradient {
  public:
   using A = typename V::T;
 
-  __device__ RunGradient(const Problem& p, const GradientRow& c, int64_t row) : p_(p), c_(c), row_(row) {
-    terms_.weight = terms_.soft = terms_.derivative = nullptr;
-    set_row(terms_, 0, c, p.transform.softcap != 0.0 ? 1.0 : p.transform.inv_temperature);
+  __device__ RunGradient(const Problem& p, const GradientRow& c, int64_t row) : RunGradient(p, c, terms_of(p, c), row) {}
+  // With terms that another thread has made.
+  __device__ RunGradient(const Problem& p, const GradientRow& c, const GradientTerms<Along<V>>& terms, int64_t row)
+      : p_(p), c_(c), row_(row), terms_(terms) {}
+
+  __device__ static GradientTerms<Along<V>> terms_of(const Problem& p, const GradientRow& c) {
+    GradientTerms<Along<V>> terms;
+    terms.weight = terms.soft = terms.derivative = nullptr;
+    set_row(terms, 0, c, p.transform.softcap != 0.0 ? 1.0 : p.transform.inv_temperature);
+    return terms;
   }
 
   template <class R, int kSize>

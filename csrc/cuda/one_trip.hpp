@@ -13,18 +13,27 @@ namespace {
 // A row, or the part of it that a block takes.
 template <class T>
 struct Stretch {
+  using A = typename AccumulatedIn<T>::V::T;
   Place at;
+  Label<A> label;
   const T* row;
   Span span;
   Batches<T> batches;
-  bool counts;  // a row of the matrix that is not ignored
 
-  __device__ Stretch(const Problem& p, const Loss& loss, int64_t block)
+  // With the label that label_of has found.
+  __device__ Stretch(const Problem& p, int64_t block, const Label<A>& label)
       : at(place(p, block)),
+        label(label),
         row(row_of<const T>(p, p.logits, at.there ? at.row : 0)),
         span(span_of<T, true>(p, at, row)),
-        batches(at, span),
-        counts(at.there && !(p.ids.data && id_at(p.ids, at.row) == loss.ignore_index)) {}
+        batches(at, span) {}
+
+  __device__ static Label<A> label_of(const Problem& p, const Loss& loss, int64_t block) {
+    const Place at = place(p, block);
+    return at.there ? fastloss::label_of<A>(p, loss, at.row) : Label<A>{};
+  }
+  // A row of the matrix that is not ignored.
+  __device__ bool counts() const { return at.there && !label.ignored; }
 };
 
 // All batches of a thread of one row, in shared memory.
@@ -54,6 +63,22 @@ class Shelf {
   template <class A>
   __device__ Fetched<T, R> again(const Batches<T>& batches, int i, A missing) const {
     return Fetched<T, R>(places_ + i * kBatchStep, batches[i], missing);
+  }
+
+  // The number of a class, for the thread that takes it; false for the others.
+  __device__ bool find(const Stretch<T>& now, int id, T& number) const {
+    constexpr int kRun = Batches<T>::kRun;
+    const Span& span = now.span;
+    if (id < span.begin || id >= span.end) return false;
+    if (id < span.aligned || id >= now.batches.end) {
+      number = now.row[id];
+      return id - (id < span.aligned ? span.begin : now.batches.end) == now.at.lane;
+    }
+    const unsigned vector = static_cast<unsigned>(id - span.aligned) / kRun, lanes = now.at.lanes, turn = vector / lanes;
+    if (vector % lanes != static_cast<unsigned>(now.at.lane)) return false;
+    const Vector* place = places_ + turn / kBatch * kBatchStep + turn % kBatch * kThreads;
+    number = reinterpret_cast<const T*>(place)[static_cast<unsigned>(id - span.aligned) % kRun];
+    return true;
   }
 
  private:
@@ -87,7 +112,7 @@ __device__ inline Fetched<T, R> fetched_alone(const T* row, const R& run, A miss
 template <class T, class V>
 __device__ inline Part scan_once(const Problem& p, const Stretch<T>& now, const Shelf<T>& shelf) {
   RowScan<V, Form::kFull, true> scan;
-  if (now.counts) {
+  if (now.counts()) {
     const auto take = [&](const auto& run, const auto& fetched) { scan.take(p, now.at.row, run, fetched); };
     const auto take_alone = [&](const auto& run) { take(run, fetched_alone(now.row, run, scan.kMissing)); };
     for_head(now.at, now.span, take_alone);
@@ -99,12 +124,10 @@ __device__ inline Part scan_once(const Problem& p, const Stretch<T>& now, const 
 
 // The same of a plain row: it looks for the maximum first, so that no sum ever moves over to another.
 template <class T, class V>
-__device__ inline Part scan_twice(const Stretch<T>& now, const Shelf<T>& shelf) {
+__device__ inline PlainPart scan_twice(const Stretch<T>& now, const Shelf<T>& shelf) {
   using A = typename V::T;
   constexpr A kMissing = -static_cast<A>(__builtin_huge_val());
-  Part out = {};
-  out.max = kMissing;
-  if (!now.counts) return out;
+  if (!now.counts()) return {};
   const int head = -1, tail = now.batches.count;
   A top = kMissing;
   int place = head;  // the first batch that holds the largest number of this thread
@@ -121,7 +144,7 @@ __device__ inline Part scan_twice(const Stretch<T>& now, const Shelf<T>& shelf) 
 
   const A max = max_over_warp(top), ref = finite_reference(max);
   bool owns = top == max && top > kMissing;  // one of the largest of the warp, whose exp(0) = 1 is counted, not summed
-  const int owners = count_lanes(owns);
+  const int owners = count_bits(lanes_where(owns));
   double sum = 0.0;
   const auto add = [&](int i, const auto& fetched_run, const auto& fetched) {
     for_pieces<V, 64>(fetched_run, fetched, [&](const auto&, auto& z) {
@@ -135,19 +158,17 @@ __device__ inline Part scan_twice(const Stretch<T>& now, const Shelf<T>& shelf) 
   for_head(now.at, now.span, add_alone(head));
   for (int i = 0; i < tail; ++i) add(i, now.batches[i], shelf.again(now.batches, i, kMissing));
   for_tail(now.at, now.span, now.batches, add_alone(tail));
-  sum = sum_over_warp(sum);
-  out.max = max;
-  out.sum = sum + owners;
-  out.rest = sum + (owners - 1.0);
-  if (max == static_cast<A>(__builtin_huge_val())) out.sum = out.rest = __builtin_nan("");
-  return out;
+  sum = max == static_cast<A>(__builtin_huge_val()) ? __builtin_nan("") : sum_over_warp(sum);
+  return {max, sum + owners, sum + (owners - 1.0)};
 }
 
-// What one thread asks of memory for its row.
+// What the threads of a row need to know of it.
 template <class V>
-struct Asked {
-  Target<V> target;
-  double u;
+struct Known {
+  RowStats stats;
+  SavedRow saved;
+  GradientRow row;
+  GradientTerms<Along<V>> terms;
 };
 
 template <class T, bool kFull>
@@ -155,12 +176,12 @@ FASTLOSS_KERNEL(kThreads, (kFull ? 2 : 3))
 one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
+  using PartOfRow = std::conditional_t<kFull, Part, PlainPart>;
   constexpr int kWarps = kThreads / kWarp;
   // Two sets in turn: a block that is ahead does not write what others have yet to read.
-  FASTLOSS_SHARED(Part[2][kWarps * kMostOfCluster], parts);
+  FASTLOSS_SHARED(PartOfRow[2][kWarps * kMostOfCluster], parts);
   FASTLOSS_SHARED(Arrivals[2], arrivals);
-  FASTLOSS_SHARED(Asked<V>[kWarps], asked);
-  FASTLOSS_SHARED(GradientRow[kWarps], coefficients);
+  FASTLOSS_SHARED(Known<V>[kWarps], known);
   FASTLOSS_SHARED_VECTORS(vectors);
   const bool in_cluster = p.parts > 1;
   if (in_cluster) {
@@ -171,15 +192,15 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
     cluster_arrive();  // early: the wait comes when all have long begun
   }
   const int lane = threadIdx.x % kWarp;
+  const int64_t block = int64_t{blockIdx.x} * p.turns;
   Shelf<T> shelf(vectors);
-  Stretch<T> now(p, loss, int64_t{blockIdx.x} * p.turns);
-  if (now.counts) shelf.fetch_from(0, now.row, now.batches);
+  Stretch<T> now(p, block, Stretch<T>::label_of(p, loss, block));
+  if (now.counts()) shelf.fetch_from(0, now.row, now.batches);
   for (int turn = 0; turn < p.turns; ++turn) {
     const Place& at = now.at;
-    const bool leads = at.lane == 0 && at.there;
-    // Asked for while the row comes, which takes longer; and in place, before anything is written.
-    if (leads) asked[at.slot] = {target_of<T, V>(p, loss, at.row), upstream_of(source, at.row)};
-    Part part;
+    // Memory has time to answer.
+    const Label<A> next_label = turn + 1 < p.turns ? Stretch<T>::label_of(p, loss, block + turn + 1) : Label<A>{};
+    PartOfRow part;
     if constexpr (kFull) {
       part = scan_once<T, V>(p, now, shelf);
     } else {
@@ -194,11 +215,11 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
       if (turn == 0) cluster_wait();
       if (threadIdx.x == 0) expect_arrivals(arrivals[set], count * kNumbers * static_cast<int>(sizeof(double)));
       if (lane < p.parts) {
-        Part& there = parts[set][mine];
-        const auto give = [&](double Part::*number) { send(there.*number, lane, part.*number, arrivals[set]); };
-        give(&Part::max);
-        give(&Part::sum);
-        give(&Part::rest);
+        PartOfRow& there = parts[set][mine];
+        const auto give = [&](double PartOfRow::*number) { send(there.*number, lane, part.*number, arrivals[set]); };
+        give(&PartOfRow::max);
+        give(&PartOfRow::sum);
+        give(&PartOfRow::rest);
         if constexpr (kFull) {
           give(&Part::weighted);
           give(&Part::weight);
@@ -211,43 +232,38 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
       if (lane == 0) parts[set][mine] = part;
       __syncthreads();
     }
-    const Asked<V>& of_row = asked[at.slot];
-    const Label<A>& label = of_row.target.label;
-    RowStats stats = {};
+    // All warps of the block have done with the row before, or there would not be all parts of this one.
+    Known<V>& c = known[at.slot];
     if (at.warp == 0 && at.there) {
-      stats = merge_parts<true, !kFull>(parts[set] + begin, count, 1);
+      RowStats stats;
+      if constexpr (kFull) {
+        stats = merge_parts<true>(parts[set] + begin, count, 1);
+      } else {
+        stats = merge_plain_parts<A>(parts[set] + begin, count);
+      }
       if (lane == 0) {
-        SavedRow saved;
-        loss_of_row<V>(p, loss, of_row.target, stats, saved);
-        coefficients[at.slot] = coefficients_of_loss(p, loss, label, saved, of_row.u);
+        c.stats = stats;
+        loss_of_row<V>(p, loss, {now.label, {}}, stats, c.saved);
+        c.row = coefficients_of_loss(p, loss, now.label, c.saved, upstream_of(source, at.row));
+        c.terms = RunGradient<V, kFull>::terms_of(p, c.row);
       }
     }
+    // The thread that takes the target keeps its logit.
+    T x;
+    const bool has_target = now.counts() && shelf.find(now, now.label.id, x);
+    Transformed<V> logit = {};
+    if (has_target) logit = transformed<V>(p, number(x), now.label.id);
     __syncthreads();
 
-    // What nobody waits for.
-    const GradientRow& c = coefficients[at.slot];
-    T* place_of_target = nullptr;
-    A of_target = 0;
-    if (leads && p.grad.data && has_logit(label) && label.id >= now.span.begin && label.id < now.span.end) {
-      place_of_target = row_of<T>(p, p.grad, at.row) + label.id * p.grad.class_step;
-      of_target = target_gradient<V>(p, c, label.id, of_row.target.logit, one_hot_of_loss(loss, label, of_row.u));
-    }
-    if (leads && at.part == 0) {
-      SavedRow saved;
-      stats.log_sum = log1p_nonnegative<CudaF64>(stats.rest);
-      const double value = loss_of_row<V>(p, loss, of_row.target, stats, saved);
-      write_loss<A>(loss, at.row, value, saved);
-    }
-
-    const Stretch<T> next(p, loss, int64_t{blockIdx.x} * p.turns + turn + 1);
-    const bool fetches = turn + 1 < p.turns && next.counts;
+    const Stretch<T> next(p, block + turn + 1, next_label);
+    const bool fetches = turn + 1 < p.turns && next.counts();
     int fetched = 0;
+    T* out = row_of<T>(p, p.grad, at.there ? at.row : 0);
     if (p.grad.data && at.there) {
-      T* out = row_of<T>(p, p.grad, at.row);
-      if (c.zero) {
+      if (c.row.zero) {
         write_zeros<T, V, true>(p, at);
       } else {
-        RunGradient<V, kFull> gradient(p, c, at.row);
+        RunGradient<V, kFull> gradient(p, c.row, c.terms, at.row);
         const auto write = [&](const auto& fetched_run, const auto& fetched) {
           for_pieces<V, 32>(fetched_run, fetched, [&](const auto& run, auto& z) {
             gradient.apply(run, z);
@@ -264,9 +280,19 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
       }
     }
     if (fetches) shelf.fetch_from(fetched, next.row, next.batches);
-    if (p.grad.data) {
-      __syncthreads();
-      if (place_of_target) put(of_target, *place_of_target);
+
+    // What nobody waits for. The gradient of the target takes the place of what this thread has written there.
+    if (has_target && p.grad.data) {
+      const double one_hot = one_hot_of_loss(loss, now.label, upstream_of(source, at.row));
+      put(target_gradient<V>(p, c.row, now.label.id, logit, one_hot), out[now.label.id * p.grad.class_step]);
+    }
+    const bool without_target = at.there && at.lane == 0 && at.part == 0 && !has_logit(now.label);
+    if (has_target || without_target) {
+      RowStats stats = c.stats;
+      stats.log_sum = log1p_nonnegative<CudaF64>(stats.rest);
+      SavedRow saved;
+      const double value = loss_of_row<V>(p, loss, {now.label, logit}, stats, saved);
+      write_loss<A>(loss, at.row, value, c.saved);
     }
     now = next;
   }

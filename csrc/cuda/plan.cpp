@@ -19,7 +19,7 @@ constexpr int64_t kMostParts = 64;                             // of a row whose
 constexpr int kBlocksOfMultiprocessor = 3;                     // at a time: for fewer in all, rows are split
 constexpr int kBlocksWithRoom = 2;                             // of a multiprocessor, for rows in shared memory
 constexpr int kMostTurns = 8, kLeastWaves = 8;                 // of blocks: the last of them leaves some of the GPU idle
-constexpr int kOtherBytes = 12 << 10;                          // of shared memory, that a block takes beside its rings, at most
+constexpr int kOtherBytes = 14 << 10;                          // of shared memory, that a block takes beside its rings, at most
 constexpr int64_t kStridedClasses = 8;                         // a thread's, at a time
 constexpr int kMultiprocessorsOfBlock = 8;                     // of a cluster, at least: small GPUs may take none of 8
 

@@ -17,26 +17,30 @@ __device__ inline A per_class(const void* values, int64_t column, A missing) {
   return values ? static_cast<const A*>(values)[column] : missing;
 }
 
-// z at one place of a row, and dz/dx.
-template <class T, class V>
-__device__ inline Transformed<V> logit_at(const Problem& p, const T* row, int64_t column) {
+// z and dz/dx of a logit.
+template <class V>
+__device__ inline Transformed<V> transformed(const Problem& p, typename V::T x, int64_t column) {
   using A = typename V::T;
-  const A x = number(row[column * p.logits.class_step]);
   if (is_identity(p.transform)) return {x, A(1)};
   return transform<V>(p.transform, x, per_class<A>(p.transform.bias, column, A(0)));
+}
+
+template <class T, class V>
+__device__ inline Transformed<V> logit_at(const Problem& p, const T* row, int64_t column) {
+  return transformed<V>(p, number(row[column * p.logits.class_step]), column);
 }
 
 // The target of a row of a cross-entropy. An id out of range is never used as a place: its row gets NaN.
 template <class A>
 struct Label {
-  int id;  // -1: none, or out of range
-  bool ignored, valid;
-  A weight;  // w_y
+  int id = -1;  // none, or out of range
+  bool ignored = false, valid = true;
+  A weight = 1;  // w_y
 };
 
 template <class A>
 __device__ inline Label<A> label_of(const Problem& p, const Loss& loss, int64_t row) {
-  if (!p.ids.data) return {-1, false, true, A(1)};
+  if (!p.ids.data) return {};
   const int64_t id = id_at(p.ids, row);
   const bool valid = id >= 0 && id < p.classes;
   return {valid ? static_cast<int>(id) : -1, id == loss.ignore_index, valid,

@@ -232,9 +232,8 @@ __device__ inline RowStats row_stats(const MergedSums& sums, const Part& top) {
   return s;
 }
 
-// The parts of a row become its statistics, known to all lanes: those of a warp where they share the row, else each its own. Of
-// kPlain parts, maximum and rest alone.
-template <bool kTogether, bool kPlain = false>
+// The parts of a row become its statistics, known to all lanes: those of a warp where they share the row, else each its own.
+template <bool kTogether>
 __device__ inline RowStats merge_parts(const Part* parts, int count, int step) {
   const int lane = kTogether ? threadIdx.x % kWarp : 0, lanes = kTogether ? kWarp : 1;
   double max = -__builtin_huge_val();
@@ -253,15 +252,42 @@ __device__ inline RowStats merge_parts(const Part* parts, int count, int step) {
   }
   MergedSums sums = {};
   for (int i = lane; i < count; i += lanes) merge(sums, parts[i * step], max, i == top);
-  if (kPlain) {
-    sums = {sum_over_warp(sums.others), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
-  } else if (kTogether) {
+  if (kTogether) {
     sums = {sum_over_warp(sums.others), sum_over_warp(sums.sum_x), sum_over_warp(sums.sum_sq),     sum_over_warp(sums.weighted),
             sum_over_warp(sums.weight), sum_over_warp(sums.soft),  sum_over_warp(sums.soft_weight)};
   }
   RowStats stats = row_stats(sums, parts[top * step]);
   stats.argmax = stats.rest == stats.rest ? argmax : -1;
   return stats;
+}
+
+// What a plain row needs of a part, and the same for a warp together, with fewer exchanges.
+struct PlainPart {
+  double max, sum, rest;
+};
+
+template <class A>
+__device__ inline RowStats merge_plain_parts(const PlainPart* parts, int count) {
+  const int lane = threadIdx.x % kWarp;
+  A largest = -static_cast<A>(__builtin_huge_val());
+  for (int i = lane; i < count; i += kWarp) largest = larger(static_cast<A>(parts[i].max), largest);
+  const double max = max_over_warp(largest);
+  int top = -1;
+  double others = 0.0;
+  for (int begin = 0; begin < count; begin += kWarp) {
+    const int i = begin + lane;
+    const bool there = i < count, holds_max = there && parts[i].max == max;
+    const uint32_t holders = lanes_where(holds_max);
+    if (top < 0 && holders) top = begin + first_bit(holders);
+    if (!there || i == top) continue;
+    const double sum = parts[i].sum;
+    others += holds_max || sum == 0.0 ? sum : sum * exp_nonpositive(parts[i].max - max);
+  }
+  others = sum_over_warp(others);
+  RowStats s = {};
+  s.max = max;
+  s.rest = parts[top].sum + others >= 1.0 ? parts[top].rest + others : __builtin_nan("");
+  return s;
 }
 
 }  // namespace

@@ -264,11 +264,13 @@ inline bool any_lane(bool value) {
   for (int mask = kWarp / 2; mask >= 1; mask /= 2) any |= cluster.exchange(any, cluster.lane() ^ mask);
   return any;
 }
-inline int count_lanes(bool value) {
-  int count = value;
-  for (int mask = kWarp / 2; mask >= 1; mask /= 2) count += cluster.exchange(count, cluster.lane() ^ mask);
-  return count;
+inline uint32_t lanes_where(bool value) {
+  uint32_t bits = value ? 1u << cluster.lane() : 0u;
+  for (int mask = kWarp / 2; mask >= 1; mask /= 2) bits |= cluster.exchange(bits, cluster.lane() ^ mask);
+  return bits;
 }
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+inline int first_bit(uint32_t bits) { return __builtin_ffs(bits) - 1; }
 template <class T>
 T from_lane_xor(T value, int mask) {
   return cluster.exchange(value, cluster.lane() ^ mask);
