@@ -301,6 +301,92 @@ def test_inplace_on_overlapping_strides_raises():
         ours(memory.as_strided((4, 6), (1, 1)), seeded_ids(6, 4), inplace=True)
 
 
+# ---- the gradient over the logits in forward ----
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_gradient_in_forward_has_the_bits_of_fresh_memory(dtype, reduction):
+    leaf, target = seeded(6, 5000, dtype=dtype).requires_grad_(), seeded_ids(5000, 6)
+    options = {"reduction": reduction, "label_smoothing": 0.1, "softcap": 5.0}
+    fresh_loss = ours(leaf, target, **options)
+    (fresh,) = torch.autograd.grad(fresh_loss, leaf)
+    logits = leaf * 1
+    loss = ours(logits, target, inplace="forward", **options)
+    assert same_bits(loss, fresh_loss)
+    assert same_bits(logits, fresh)
+    (inplace,) = torch.autograd.grad(loss, leaf)
+    assert same_bits(inplace, fresh)
+
+
+def test_gradient_in_forward_takes_the_place_of_the_logits():
+    leaf = seeded(6, 50).requires_grad_()
+    logits = leaf * 1
+    version = logits._version
+    loss = ours(logits, seeded_ids(50, 6), inplace="forward")
+    assert logits._version > version
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("upstream", [-1.7, 0.0, 1.0, 3.0])
+def test_gradient_in_forward_is_multiplied_by_another_upstream_gradient(upstream, reduction):
+    leaf, target = seeded(6, 50).requires_grad_(), seeded_ids(50, 6)
+    for _ in range(2):  # which the second time is expected
+        loss, expected = (ours(leaf * 1, target, reduction=reduction, inplace=inplace) for inplace in ("forward", False))
+        factors = upstream * torch.arange(1.0, 1.0 + loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+        results = [torch.autograd.grad(x, leaf, factors)[0] for x in (loss, expected)]
+        torch.testing.assert_close(*results, rtol=1e-14, atol=1e-16)
+
+
+def test_gradient_in_forward_makes_zeros_of_an_upstream_gradient_of_0():
+    leaf = seeded(2, 5, dtype=torch.float32).requires_grad_()
+    logits = leaf * torch.tensor([float("nan"), 1, 1, 1, 1])
+    loss = ours(logits, seeded_ids(5, 2), inplace="forward")
+    if logits.is_cpu:
+        (gradient,) = torch.autograd.grad(loss * 0.0, logits)
+        assert not gradient.any()
+
+
+def test_logits_that_another_operation_saved_are_reported_after_a_gradient_in_forward():
+    leaf = seeded(6, 50).requires_grad_()
+    logits = leaf * 1
+    other = (logits * logits).sum()
+    loss = ours(logits, seeded_ids(50, 6), inplace="forward")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + other).backward()
+
+
+def test_second_backward_of_a_gradient_in_forward_raises():
+    leaf = seeded(6, 50).requires_grad_()
+    loss = ours(leaf * 1, seeded_ids(50, 6), inplace="forward")
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradient_in_forward_cannot_be_differentiated():
+    leaf = seeded(6, 50).requires_grad_()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(ours(leaf * 1, seeded_ids(50, 6), inplace="forward"), leaf, create_graph=True)
+
+
+def test_gradient_in_forward_needs_logits_that_may_go():
+    leaf, target = seeded(6, 50).requires_grad_(), seeded_ids(50, 6)
+    before = leaf.detach().clone()
+    with pytest.raises(ValueError, match="leaf"):
+        ours(leaf, target, inplace="forward")
+    soft = seeded_probabilities(6, 50).requires_grad_()
+    with pytest.raises(ValueError, match="target"):
+        ours(leaf.detach() * 1, soft, inplace="forward")
+    with pytest.raises(ValueError, match="inplace='backward'"):
+        ours(leaf * 1, target, inplace="backward")
+    with torch.no_grad():
+        ours(leaf, target, inplace="forward")
+    assert torch.equal(leaf, before)
+
+
 def test_inplace_with_a_gradient_for_soft_targets_is_right():
     logits, target = seeded(6, 50), seeded_probabilities(6, 50)
     results = []

@@ -3,7 +3,8 @@
 # Builds fastloss for the GPU of this machine, tests it there and measures it: `make gpu`.
 #
 # Needs nvcc, PyTorch with CUDA, CMake, ninja, pybind11, scikit-build-core, pytest and hypothesis in $PYTHON (python3), and no
-# network. Takes less than 8 minutes: each step has its limit, in seconds. Results go to benchmarks/results/cuda-*.
+# network; whom benchmarks/gpu_peers.py names is measured where PYTHONPATH has it. Takes less than 8 minutes: each step has its
+# limit, in seconds. Results go to benchmarks/results/cuda-*.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -14,17 +15,23 @@ step() {
 }
 
 step "build"
-timeout 150 "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$site" \
+timeout 100 "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$site" \
   --config-settings=build-dir=build/gpu/objects --config-settings=cmake.define.FASTLOSS_CUDA=ON \
   --config-settings=cmake.define.FASTLOSS_CUDA_ARCHITECTURES=native .
-export PYTHONPATH=$site PYTHONUNBUFFERED=1
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 "$python" -m fastloss
 
 step "tests on the GPU"
 "$python" -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no GPU"'
 status=0
-timeout 140 "$python" -m pytest -q -k "cuda or gpu" tests/test_gpu.py tests/test_gpu_linear.py tests/test_torch_cross_entropy.py \
-  tests/test_torch_stats.py tests/test_torch_dtypes.py tests/test_linear_torch.py || status=$?
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12 -p no:benchmark) # of which pytest-benchmark complains
+timeout 120 "$python" -m pytest -q "${parallel[@]}" -k "cuda or gpu" tests/test_gpu.py tests/test_gpu_linear.py \
+  tests/test_torch_cross_entropy.py tests/test_torch_autograd.py tests/test_torch_stats.py tests/test_torch_dtypes.py \
+  tests/test_linear_torch.py || status=$?
+
+step "benchmark"
+timeout 150 "$python" -m benchmarks.gpu ${BENCH_ARGS:-}
 
 # Our kernels alone: those of PyTorch and cuBLAS are not watched.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
@@ -46,6 +53,4 @@ for tool in memcheck racecheck; do
   esac
 done
 
-step "benchmark"
-timeout 120 "$python" -m benchmarks.gpu ${BENCH_ARGS:-}
 exit "$status"

@@ -63,6 +63,7 @@ void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const doub
                    double* scale, const Tensor& grad, const Upstream& upstream, bool as_with_gradient, char* memory,
                    const Device& device) {
   if (grad) check_gradient(call.logits, grad);
+  if (grad && upstream.step != 0) throw std::invalid_argument("the upstream gradient must be one number for all rows");
   const cudaStream_t stream = device.stream();
   const KernelTable& kernels = table(call.logits.dtype);
   Problem p = loss_problem(call, grad);

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels for one storage type T, and the table of their launches.
+#include <algorithm>
+
 #include "kernel_table.hpp"
 #include "one_trip.hpp"
 #include "sample.hpp"
@@ -87,7 +89,7 @@ struct SharedRow {
 // whose classes lie side by side, one_trip.hpp has that. More parts a row: each block leaves its sums for merge_kernel. Without
 // memory for the gradient it makes the statistics alone, to the same bits.
 template <class T, bool kAdjacent, Form kForm, bool kGradient>
-FASTLOSS_KERNEL(kThreads, (kForm == Form::kFull ? 2 : 3))
+FASTLOSS_KERNEL(kThreads, blocks_for<T>(kForm == Form::kFull))
 scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT Statistics out,
             FASTLOSS_ARGUMENT GradientSource source) {
   using V = typename AccumulatedIn<T>::V;
@@ -136,7 +138,7 @@ merge_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_
 }
 
 template <class T, bool kAdjacent, bool kFull>
-FASTLOSS_KERNEL(kThreads, (kFull ? 2 : 3))
+FASTLOSS_KERNEL(kThreads, blocks_for<T>(kFull))
 gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source,
                 const double* saved) {
   using V = typename AccumulatedIn<T>::V;
@@ -144,14 +146,17 @@ gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
   FASTLOSS_SHARED_VECTORS(vectors);
   if (made_by_forward(source)) return;
   const Ring ring(vectors, p.batches);
-  const Place at = place(p);
-  const SharedRow<kAdjacent> shared(at);
-  double g = 0.0;
-  if (shared.is_leader && at.there) {
-    coefficients[shared.row(at)] = coefficients_of<typename V::T>(p, loss, source, saved, at.row, g);
+  for (int64_t block = blockIdx.x; block < p.blocks; block += gridDim.x) {
+    const Place at = place(p, block);
+    const SharedRow<kAdjacent> shared(at);
+    double g = 0.0;
+    if (shared.is_leader && at.there) {
+      coefficients[shared.row(at)] = coefficients_of<typename V::T>(p, loss, source, saved, at.row, g);
+    }
+    write_row<T, V, kAdjacent, kFull>(p, at, coefficients[shared.row(at)],
+                                      {loss.wanted ? nullptr : source.g + at.row * p.ids.k, g}, ring);
+    __syncthreads();  // before the next coefficients take the place of these
   }
-  write_row<T, V, kAdjacent, kFull>(p, at, coefficients[shared.row(at)],
-                                    {loss.wanted ? nullptr : source.g + at.row * p.ids.k, g}, ring);
 }
 
 // One target after the other: how many classes a stable descending sort puts before it.
@@ -253,8 +258,11 @@ void launch_one_trip(const Problem& p, const Loss& loss, const GradientSource& s
   if (p.adjacent) {
     shape.blocks = (shape.blocks + p.turns - 1) / p.turns;
     shape.clusters = p.parts > 1;
-    full ? launch(one_trip_kernel<T, true>, shape, stream, p, loss, source)
-         : launch(one_trip_kernel<T, false>, shape, stream, p, loss, source);
+    const auto with = [&](auto whole) {
+      full ? launch(one_trip_kernel<T, whole.value, true>, shape, stream, p, loss, source)
+           : launch(one_trip_kernel<T, whole.value, false>, shape, stream, p, loss, source);
+    };
+    p.warps_per_row == kThreads / kWarp ? with(std::true_type{}) : with(std::false_type{});
   } else {
     full ? launch(scan_kernel<T, false, Form::kFull, true>, shape, stream, p, loss, Statistics{}, source)
          : launch(scan_kernel<T, false, Form::kPlain, true>, shape, stream, p, loss, Statistics{}, source);
@@ -272,11 +280,18 @@ void launch_rank(const Problem& p, const Statistics& out, cudaStream_t stream) {
              : launch(rank_kernel<T, false>, shape_of(p), stream, p, out);
 }
 
+// So many are soon gone where forward has made the gradient; each takes several rows where there are more.
+constexpr int64_t kMostGradientBlocks = 4096;
+
 template <class T>
 void launch_gradient(const Problem& p, const Loss& loss, const GradientSource& source, const double* saved,
                      cudaStream_t stream) {
   choose(p, source.coefficients ? Form::kFull : form_of(p), [&](auto adjacent, auto form) {
-    launch(gradient_kernel<T, adjacent.value, form.value == Form::kFull>, shape_of(p), stream, p, loss, source, saved);
+    Problem rows = p;
+    LaunchShape shape = shape_of(p);
+    rows.blocks = shape.blocks;
+    shape.blocks = std::min(shape.blocks, kMostGradientBlocks);
+    launch(gradient_kernel<T, adjacent.value, form.value == Form::kFull>, shape, stream, rows, loss, source, saved);
   });
 }
 

@@ -10,71 +10,79 @@
 namespace fastloss {
 namespace {
 
-// A row, or the part of it that a block takes.
-template <class T>
+// A row, or the part of it that a block takes. kWhole: all threads of the block share it.
+template <class T, bool kWhole>
 struct Stretch {
   using A = typename AccumulatedIn<T>::V::T;
   Place at;
   Label<A> label;
   const T* row;
   Span span;
-  Batches<T> batches;
+  Batches<T, kWhole ? kThreads : 0> batches;
 
-  // With the label that label_of has found.
-  __device__ Stretch(const Problem& p, int64_t block, const Label<A>& label)
-      : at(place(p, block)),
-        label(label),
+  // With the id that id_of has found.
+  __device__ Stretch(const Problem& p, const Loss& loss, int64_t block, int64_t id)
+      : at(place_of(p, block)),
+        label(at.there ? label_of_id<A>(p, loss, id) : Label<A>{}),
         row(row_of<const T>(p, p.logits, at.there ? at.row : 0)),
         span(span_of<T, true>(p, at, row)),
         batches(at, span) {}
 
-  __device__ static Label<A> label_of(const Problem& p, const Loss& loss, int64_t block) {
-    const Place at = place(p, block);
-    return at.there ? fastloss::label_of<A>(p, loss, at.row) : Label<A>{};
+  __device__ static int64_t id_of(const Problem& p, int64_t block) {
+    const Place at = place_of(p, block);
+    return p.ids.data && at.there ? id_at(p.ids, at.row) : 0;
   }
   // A row of the matrix that is not ignored.
   __device__ bool counts() const { return at.there && !label.ignored; }
+
+ private:
+  __device__ static Place place_of(const Problem& p, int64_t block) {
+    if (!kWhole) return place(p, block);
+    const int thread = threadIdx.x;
+    return {block, block < p.rows, thread, kThreads, thread / kWarp, 0, static_cast<int>(blockIdx.y)};
+  }
 };
 
 // All batches of a thread of one row, in shared memory.
-template <class T>
+template <class T, bool kWhole>
 class Shelf {
  public:
-  using R = typename Batches<T>::R;
+  using B = Batches<T, kWhole ? kThreads : 0>;
+  using R = typename B::R;
 
   __device__ explicit Shelf(Vector* shared) : places_(shared + threadIdx.x) {}
 
   // A group of its own, even where the row has no such batch.
-  __device__ void fetch(int i, const T* row, const Batches<T>& batches) {
+  __device__ void fetch(int i, const T* row, const B& batches) {
     if (i < batches.count) fetch_batch(row, batches[i], places_ + i * kBatchStep);
     end_of_fetch();
     groups_ = i + 1;
   }
-  __device__ void fetch_from(int i, const T* row, const Batches<T>& batches) {
+  __device__ void fetch_from(int i, const T* row, const B& batches) {
     for (; i < batches.count; ++i) fetch(i, row, batches);
   }
 
   // Waits for it.
   template <class A>
-  __device__ Fetched<T, R> get(const Batches<T>& batches, int i, A missing) const {
+  __device__ Fetched<T, R> get(const B& batches, int i, A missing) const {
     wait_for_all_but(groups_ - 1 - i);
     return again(batches, i, missing);
   }
   template <class A>
-  __device__ Fetched<T, R> again(const Batches<T>& batches, int i, A missing) const {
+  __device__ Fetched<T, R> again(const B& batches, int i, A missing) const {
     return Fetched<T, R>(places_ + i * kBatchStep, batches[i], missing);
   }
 
   // The number of a class, for the thread that takes it; false for the others.
-  __device__ bool find(const Stretch<T>& now, int id, T& number) const {
-    constexpr int kRun = Batches<T>::kRun;
+  __device__ bool find(const Stretch<T, kWhole>& now, int id, T& number) const {
+    constexpr int kRun = B::kRun;
     const Span& span = now.span;
     if (id < span.begin || id >= span.end) return false;
     if (id < span.aligned || id >= now.batches.end) {
       number = now.row[id];
       return id - (id < span.aligned ? span.begin : now.batches.end) == now.at.lane;
     }
-    const unsigned vector = static_cast<unsigned>(id - span.aligned) / kRun, lanes = now.at.lanes, turn = vector / lanes;
+    const unsigned vector = static_cast<unsigned>(id - span.aligned) / kRun, lanes = kWhole ? kThreads : now.at.lanes, turn = vector / lanes;
     if (vector % lanes != static_cast<unsigned>(now.at.lane)) return false;
     const Vector* place = places_ + turn / kBatch * kBatchStep + turn % kBatch * kThreads;
     number = reinterpret_cast<const T*>(place)[static_cast<unsigned>(id - span.aligned) % kRun];
@@ -109,8 +117,8 @@ __device__ inline Fetched<T, R> fetched_alone(const T* row, const R& run, A miss
 }
 
 // What a warp knows of its part of a row.
-template <class T, class V>
-__device__ inline Part scan_once(const Problem& p, const Stretch<T>& now, const Shelf<T>& shelf) {
+template <class V, class T, bool kWhole>
+__device__ inline Part scan_once(const Problem& p, const Stretch<T, kWhole>& now, const Shelf<T, kWhole>& shelf) {
   RowScan<V, Form::kFull, true> scan;
   if (now.counts()) {
     const auto take = [&](const auto& run, const auto& fetched) { scan.take(p, now.at.row, run, fetched); };
@@ -123,8 +131,8 @@ __device__ inline Part scan_once(const Problem& p, const Stretch<T>& now, const 
 }
 
 // The same of a plain row: it looks for the maximum first, so that no sum ever moves over to another.
-template <class T, class V>
-__device__ inline PlainPart scan_twice(const Stretch<T>& now, const Shelf<T>& shelf) {
+template <class V, class T, bool kWhole>
+__device__ inline PlainPart scan_twice(const Stretch<T, kWhole>& now, const Shelf<T, kWhole>& shelf) {
   using A = typename V::T;
   constexpr A kMissing = -static_cast<A>(__builtin_huge_val());
   if (!now.counts()) return {};
@@ -171,8 +179,8 @@ struct Known {
   GradientTerms<Along<V>> terms;
 };
 
-template <class T, bool kFull>
-FASTLOSS_KERNEL(kThreads, (kFull ? 2 : 3))
+template <class T, bool kWhole, bool kFull>
+FASTLOSS_KERNEL(kThreads, blocks_for<T>(kFull + !kWhole))
 one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
@@ -182,8 +190,9 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
   FASTLOSS_SHARED(PartOfRow[2][kWarps * kMostOfCluster], parts);
   FASTLOSS_SHARED(Arrivals[2], arrivals);
   FASTLOSS_SHARED(Known<V>[kWarps], known);
+  FASTLOSS_SHARED(double, upstream);
   FASTLOSS_SHARED_VECTORS(vectors);
-  const bool in_cluster = p.parts > 1;
+  const bool in_cluster = kWhole && p.parts > 1;
   if (in_cluster) {
     if (threadIdx.x == 0) {
       begin_arrivals(arrivals[0]);
@@ -191,25 +200,26 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
     }
     cluster_arrive();  // early: the wait comes when all have long begun
   }
+  if (threadIdx.x == 0) upstream = upstream_of(source, 0);
   const int lane = threadIdx.x % kWarp;
   const int64_t block = int64_t{blockIdx.x} * p.turns;
-  Shelf<T> shelf(vectors);
-  Stretch<T> now(p, block, Stretch<T>::label_of(p, loss, block));
+  using OfBlock = Stretch<T, kWhole>;
+  Shelf<T, kWhole> shelf(vectors);
+  OfBlock now(p, loss, block, OfBlock::id_of(p, block));
   if (now.counts()) shelf.fetch_from(0, now.row, now.batches);
   for (int turn = 0; turn < p.turns; ++turn) {
     const Place& at = now.at;
-    // Memory has time to answer.
-    const Label<A> next_label = turn + 1 < p.turns ? Stretch<T>::label_of(p, loss, block + turn + 1) : Label<A>{};
+    const int64_t next_id = turn + 1 < p.turns ? OfBlock::id_of(p, block + turn + 1) : 0;  // memory has time to answer
     PartOfRow part;
     if constexpr (kFull) {
-      part = scan_once<T, V>(p, now, shelf);
+      part = scan_once<V>(p, now, shelf);
     } else {
-      part = scan_twice<T, V>(now, shelf);
+      part = scan_twice<V>(now, shelf);
     }
 
     // Each block gets the parts of all of them, and works out the same.
-    const int count = p.parts * p.warps_per_row, begin = at.slot * count;
-    const int mine = begin + at.part * p.warps_per_row + at.warp, set = turn % 2;
+    const int warps = kWhole ? kWarps : p.warps_per_row, count = (kWhole ? p.parts : 1) * warps, begin = at.slot * count;
+    const int mine = begin + at.part * warps + at.warp, set = turn % 2;
     if (in_cluster) {
       constexpr int kNumbers = kFull ? 7 : 3;
       if (turn == 0) cluster_wait();
@@ -244,18 +254,19 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
       if (lane == 0) {
         c.stats = stats;
         loss_of_row<V>(p, loss, {now.label, {}}, stats, c.saved);
-        c.row = coefficients_of_loss(p, loss, now.label, c.saved, upstream_of(source, at.row));
+        c.row = coefficients_of_loss(p, loss, now.label, c.saved, upstream);
         c.terms = RunGradient<V, kFull>::terms_of(p, c.row);
       }
     }
     // The thread that takes the target keeps its logit.
     T x;
     const bool has_target = now.counts() && shelf.find(now, now.label.id, x);
-    Transformed<V> logit = {};
-    if (has_target) logit = transformed<V>(p, number(x), now.label.id);
+    Transformed<V> logit = {0, 1};
+    if (has_target) logit.z = number(x);
+    if (kFull && has_target) logit = transformed<V>(p, logit.z, now.label.id);
     __syncthreads();
 
-    const Stretch<T> next(p, block + turn + 1, next_label);
+    const OfBlock next(p, loss, block + turn + 1, next_id);
     const bool fetches = turn + 1 < p.turns && next.counts();
     int fetched = 0;
     T* out = row_of<T>(p, p.grad, at.there ? at.row : 0);
@@ -283,7 +294,7 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
 
     // What nobody waits for. The gradient of the target takes the place of what this thread has written there.
     if (has_target && p.grad.data) {
-      const double one_hot = one_hot_of_loss(loss, now.label, upstream_of(source, at.row));
+      const double one_hot = one_hot_of_loss(loss, now.label, upstream);
       put(target_gradient<V>(p, c.row, now.label.id, logit, one_hot), out[now.label.id * p.grad.class_step]);
     }
     const bool without_target = at.there && at.lane == 0 && at.part == 0 && !has_logit(now.label);

@@ -7,6 +7,13 @@
 namespace fastloss {
 namespace {
 
+// Blocks of a multiprocessor at a time: `less` of them for kernels that need more registers.
+template <class T>
+constexpr int blocks_for(int less) {
+  const int blocks = (sizeof(T) == 8 ? 2 : 3) - less;
+  return blocks > 1 ? blocks : 1;
+}
+
 template <class A>
 __device__ inline void write(void* out, int64_t i, double value) {
   if (out) static_cast<A*>(out)[i] = static_cast<A>(value);
@@ -39,12 +46,16 @@ struct Label {
 };
 
 template <class A>
-__device__ inline Label<A> label_of(const Problem& p, const Loss& loss, int64_t row) {
+__device__ inline Label<A> label_of_id(const Problem& p, const Loss& loss, int64_t id) {
   if (!p.ids.data) return {};
-  const int64_t id = id_at(p.ids, row);
   const bool valid = id >= 0 && id < p.classes;
   return {valid ? static_cast<int>(id) : -1, id == loss.ignore_index, valid,
           valid ? per_class<A>(loss.class_weight, id, A(1)) : A(1)};
+}
+
+template <class A>
+__device__ inline Label<A> label_of(const Problem& p, const Loss& loss, int64_t row) {
+  return label_of_id<A>(p, loss, p.ids.data ? id_at(p.ids, row) : 0);
 }
 
 template <class A>

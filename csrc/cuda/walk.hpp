@@ -111,18 +111,20 @@ __device__ inline Span span_of(const Problem& p, const Place& at, const T* row) 
 }
 
 // The vectors of a span that a thread takes, kBatch at a time. All lanes have as many batches, some of them without elements.
-template <class T>
+// kLanes: how many lanes there are, where that is known; else 0.
+template <class T, int kLanes = 0>
 struct Batches {
   static constexpr int kRun = kVectorBytes / sizeof(T);
   using R = Run<kBatch * kRun, kRun>;
-  int begin, step, end, count;
+  int begin, end, count, lanes;
 
   __device__ Batches(const Place& at, const Span& span)
-      : begin(span.aligned + at.lane * kRun), step(at.lanes * kRun), end(span.end - (span.end - span.aligned) % kRun) {
-    count = (end - span.aligned + kBatch * step - 1) / (kBatch * step);
+      : begin(span.aligned + at.lane * kRun), end(span.end - (span.end - span.aligned) % kRun), lanes(at.lanes) {
+    count = (end - span.aligned + kBatch * step() - 1) / (kBatch * step());
   }
-  __device__ R operator[](int i) const { return {begin + i * kBatch * step, step, end}; }
-  __device__ void advance(R& run) const { run.first += kBatch * step; }
+  __device__ int step() const { return (kLanes ? kLanes : lanes) * kRun; }
+  __device__ R operator[](int i) const { return {begin + i * kBatch * step(), step(), end}; }
+  __device__ void advance(R& run) const { run.first += kBatch * step(); }
 };
 
 // Calls body(run) for what lies before the vectors of a span, or behind them. A thread takes one element.
@@ -130,8 +132,8 @@ template <class Body>
 __device__ inline void for_head(const Place& at, const Span& span, Body body) {
   if (span.begin < span.aligned) body(Run<1, 1>{span.begin + at.lane, 0, span.aligned});
 }
-template <class T, class Body>
-__device__ inline void for_tail(const Place& at, const Span& span, const Batches<T>& batches, Body body) {
+template <class B, class Body>
+__device__ inline void for_tail(const Place& at, const Span& span, const B& batches, Body body) {
   if (batches.end < span.end) body(Run<1, 1>{batches.end + at.lane, 0, span.end});
 }
 

@@ -22,7 +22,7 @@ from fastloss.torch import (
     ops,
     plain,
 )
-from fastloss.torch.ahead import ExpectationOfGpu, OnGpu, expectation_of
+from fastloss.torch.ahead import ExpectationOfGpu, OnGpu, expectation, expectation_of
 from fastloss.torch.operators import DIFFERENTIABLE, LIBRARY, as_tensor
 from fastloss.torch.ops import CODES, Options
 
@@ -47,8 +47,8 @@ class CrossEntropy(Function):
         """Runs the statistics pass, and makes the gradient on the way if its upstream gradient can be expected."""
         ctx.ahead = None
         may_be_ahead = reduction != NONE and not inplace and ctx.needs_input_grad[LOGITS]
-        if may_be_ahead and (expectation := expectation_of(logits)):
-            ctx.ahead = expectation.start(logits)
+        if may_be_ahead and (expected := expectation_of(logits)):
+            ctx.ahead = expected.start(logits)
         made = () if ctx.ahead is None else (ctx.ahead.grad, ctx.ahead.upstream)
         loss, saved, ctx.scale = ops.cross_entropy(
             logits, target, weight, bias, options, reduction, denominator, True, *made, as_with_gradient=may_be_ahead
@@ -87,15 +87,62 @@ def _place_for_gradient(ctx: Any, upstream: Tensor, logits: Tensor) -> tuple[Ten
     if ctx.inplace:
         torch.autograd.graph.increment_version(logits)
         return logits.detach(), False, None
-    expectation = expectation_of(logits) if upstream.ndim == 0 else None
-    if expectation is None:
+    expected = expectation_of(logits) if upstream.ndim == 0 else None
+    if expected is None:
         return None, False, None
     place = None if ahead is None else ahead.take()
-    if isinstance(expectation, ExpectationOfGpu):
-        return place, False, expectation.of_backward(ahead)
+    if isinstance(expected, ExpectationOfGpu):
+        return place, False, expected.of_backward(ahead)
     brought = upstream.item()
-    expectation.learn(brought)
+    expected.learn(brought)
     return place, ahead is not None and brought == ahead.upstream, None
+
+
+class CrossEntropyOverLogits(Function):
+    """The loss, and its gradient over the logits in the same trip; nothing else is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        options: Options,
+        reduction: int,
+        denominator: float | None,
+    ) -> Tensor:
+        """Makes the gradient for the upstream gradient that can be expected."""
+        if ctx.needs_input_grad[TARGET]:
+            raise ValueError('inplace="forward" leaves no logits, which the gradient by the target would need')
+        ctx.upstream = expectation.upstream if logits.is_cpu and reduction != NONE else 1.0
+        arguments = (logits, target, weight, bias, options, reduction, denominator, False, logits.detach())
+        loss = ops.cross_entropy(*arguments, *((ctx.upstream,) if logits.is_cpu else ()))[0]
+        torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(logits)
+        ctx.dim = options.dim
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        """Multiplies in place where another upstream gradient came than was expected."""
+        if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream) or ops.forward_mode():
+            raise RuntimeError('inplace="forward" leaves no logits: its gradient cannot be differentiated (create_graph=True)')
+        (logits,) = ctx.saved_tensors
+        torch.autograd.graph.increment_version(logits)
+        grad = logits.detach()
+        if upstream.ndim > 0:
+            grad.mul_(upstream.unsqueeze(ctx.dim))
+        elif grad.is_cpu:
+            brought = upstream.item()
+            expectation.learn(brought)
+            if brought == 0.0:
+                grad.zero_()
+            elif brought != ctx.upstream:
+                grad.mul_(brought / ctx.upstream)
+        else:
+            ops.gpu().scale(grad, upstream)
+        return grad, *[None] * 6
 
 
 # `Function.apply` without its question whether `torch.func` is at work, where the caller has asked that already.

@@ -13,7 +13,7 @@ from torch.nn import _reduction as legacy
 from fastloss import _options
 from fastloss.torch import ops, plain
 from fastloss.torch.arguments import check_logits, check_rows_target, divided, divides_afterwards, loss_options, per_class
-from fastloss.torch.autograd import apply_cross_entropy
+from fastloss.torch.autograd import CrossEntropyOverLogits, apply_cross_entropy
 from fastloss.torch.ops import Options
 
 
@@ -33,7 +33,7 @@ def cross_entropy(
     temperature: float = 1.0,
     logit_bias: Tensor | None = None,
     denominator: float | Tensor | None = None,
-    inplace: bool = False,
+    inplace: bool | str = False,
 ) -> Tensor:
     """Cross-entropy between logits and class ids or probabilities: `torch.nn.functional.cross_entropy`, and more.
 
@@ -70,15 +70,19 @@ def cross_entropy(
         logit_bias: one number a class, added last (logit adjustment), shape ``(C)``; a constant.
         denominator: positive number or 0-d tensor that divides the sum in place of the counted weights: the tokens of a whole
             accumulation window, say. A batch with every target ignored then gives 0, on the graph, and not NaN.
-        inplace: backward writes the gradient over the logits, so that no second tensor of their size is made; fresh memory, in
-            the trip of the loss, is faster. Autograd reports any other use of the logits after that.
+        inplace: True: backward writes the gradient over the logits, so that no second tensor of their size is made. Autograd
+            reports any other use of the logits after that. ``"forward"``: the call itself does, in the trip of the loss, which
+            is faster than both; once it has returned, the logits hold their gradient, whoever reads them. Backward multiplies
+            it in place, and so rounds it once more, where another upstream gradient comes than was expected: on the CPU that
+            of the last loss, on a GPU 1, and of ``"none"`` 1.
 
     Returns:
         The loss: float64 for float64 logits and else float32; a scalar, or the shape of the class ids for ``"none"``.
 
     Raises:
         TypeError: a dtype that is not supported.
-        ValueError: shapes or options that do not fit, `inplace` on a leaf that needs a gradient.
+        ValueError: shapes or options that do not fit, `inplace` on a leaf that needs a gradient, ``"forward"`` with
+            probabilities that need one.
         IndexError: a class id out of range. On a GPU its row becomes NaN instead, but with `FASTLOSS_DEBUG=1`.
         NotImplementedError: tensors on other devices than the CPU and, where fastloss was built for it, CUDA.
         RuntimeError: a second derivative (``create_graph=True``) of a loss with `inplace`, in backward.
@@ -119,8 +123,9 @@ def cross_entropy(
         loss = ops.cross_entropy(*arguments, False)[0]
     elif eager:
         if inplace:
-            _check_inplace(input)
-        loss = apply_cross_entropy(*arguments, inplace)
+            _check_inplace(input, inplace)
+        forward = inplace == "forward"
+        loss = CrossEntropyOverLogits.apply(*arguments) if forward else apply_cross_entropy(*arguments, inplace)
     elif ops.forward_mode():
         loss = plain.cross_entropy(*arguments)
     else:
@@ -159,16 +164,20 @@ def _remembered_options(*choices: Any) -> tuple[Options, int, float | None]:
         return _check_options(*choices)
 
 
-def _check_inplace(input: Tensor) -> None:
+def _check_inplace(input: Tensor, inplace: bool | str) -> None:
+    if inplace not in (True, "forward"):
+        raise ValueError(f'inplace={inplace!r}: expected False, True or "forward"')
     base = input._base
     if input.requires_grad and (input.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
         raise ValueError(
-            "inplace=True needs logits that are no leaf: this leaf needs a gradient, and backward would overwrite it"
+            f"inplace={inplace!r} needs logits that are no leaf: this leaf needs a gradient, which would overwrite it"
         )
     reach = 0  # of the dimensions so far, the shortest strides first
     for stride, size in sorted((stride, size) for stride, size in zip(input.stride(), input.shape, strict=True) if size > 1):
         if stride <= reach:
-            raise ValueError("inplace=True needs logits of their own: several elements of these may share one place in memory")
+            raise ValueError(
+                f"inplace={inplace!r} needs logits of their own: several elements of these may share one place in memory"
+            )
         reach += stride * (size - 1)
 
 
@@ -187,7 +196,7 @@ class CrossEntropyLoss(torch.nn.Module):
         softcap: bound of the logits.
         temperature: divides the logits first.
         logit_bias: one number a class, shape ``(C)``; a buffer.
-        inplace: backward writes the gradient over the logits.
+        inplace: True or ``"forward"``: the gradient goes over the logits.
 
     A `denominator` may change from call to call: it is given to `forward`, after input and target.
 
@@ -215,7 +224,7 @@ class CrossEntropyLoss(torch.nn.Module):
         softcap: float | None = None,
         temperature: float = 1.0,
         logit_bias: Tensor | None = None,
-        inplace: bool = False,
+        inplace: bool | str = False,
     ) -> None:
         """Takes the options of `cross_entropy`."""
         super().__init__()

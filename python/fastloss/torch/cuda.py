@@ -207,3 +207,13 @@ def gradient(
     )
     if out is not grad:
         grad.copy_(out)
+
+
+def scale(grad: Tensor, upstream: Tensor) -> None:
+    """Multiplies in place, at no cost where the upstream gradient is 1 and the other lies in one piece."""
+    if not grad.is_contiguous():
+        grad.mul_(upstream)
+        return
+    upstream = ops.upstream_of(upstream)
+    of_loss = (upstream.data_ptr(), CODES[upstream.dtype], 0)
+    _cuda.scale(grad.data_ptr(), grad.numel(), CODES[grad.dtype], of_loss, *where(grad))

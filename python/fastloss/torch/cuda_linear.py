@@ -110,10 +110,8 @@ def cross_entropy_backward(
 
 def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:
     """Multiplies in place, at no cost where the upstream gradient is 1."""
-    upstream = ops.upstream_of(upstream)
-    of_loss = (upstream.data_ptr(), CODES[upstream.dtype], 0)
     for grad in filter(Tensor.numel, gradients):
-        _cuda.scale(grad.data_ptr(), grad.numel(), CODES[grad.dtype], of_loss, *cuda.where(grad))
+        cuda.scale(grad, upstream)
 
 
 # ---- the sampled backward --------------------------------------------------------------------------------------------
