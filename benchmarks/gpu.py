@@ -75,8 +75,12 @@ def main() -> None:
         write(results, "rows", found, path)
     for found in gpu_linear.run(gpu_linear.CASES[: arguments.cases], arguments.linear_seconds):
         write(results, "linear", found, path)
-    plot(results["rows"], "percent_of_copy", "% of the bandwidth of a copy in the same run", path.with_suffix(".png"))
-    plot(results["linear"], "ms", "milliseconds: loss and both gradients", path.with_name(f"{path.stem}-linear.png"))
+    try:
+        from benchmarks import gpu_plots
+    except ImportError as error:
+        print(f"no plots: {error}")
+    else:
+        gpu_plots.draw(results, path)
 
 
 def write(results: dict[str, Any], section: str, found: list[dict[str, Any]], path: Path) -> None:
@@ -257,28 +261,6 @@ def print_table(case: Case, rows: list[dict[str, Any]]) -> None:
             f"{row['operation']:<22}{row['peer']:<16}{row['ms']:9.3f}{row['gb_per_s']:8.0f}{row['percent_of_copy']:8.1f}"
             f"{row['times_fastloss']:11.2f}"
         )
-
-
-def plot(rows: list[dict[str, Any]], quantity: str, label: str, path: Path) -> None:
-    """Bars by case, operation and peer; nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [row for row in rows if "ms" in row and row["peer"] != "copy"]
-    if not timed:
-        return
-    figure, axes = pyplot.subplots(figsize=(9, 0.28 * len(timed) + 1))
-    names = [", ".join(row[part] for part in ("case", "operation", "peer") if part in row) for row in timed]
-    colours = ["tab:blue" if row["peer"].startswith("fastloss") else "tab:grey" for row in timed]
-    axes.barh(names, [row[quantity] for row in timed], color=colours)
-    axes.invert_yaxis()
-    axes.set_xlabel(label)
-    figure.savefig(path, bbox_inches="tight", dpi=120)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

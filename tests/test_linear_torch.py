@@ -22,7 +22,7 @@ from linear_helpers import (  # noqa: E402
     reference,
     targets,
 )
-from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
+from torch_helpers import here, same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
 
 # torch.compile itself makes an instance of the class that it says must have none.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -40,12 +40,6 @@ OPTIONS = {
 }
 REDUCTIONS = ("mean", "sum", "none")
 needs_that_of_pytorch = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs PyTorch 2.13")
-
-
-def here(options):
-    """With tensors on the device of the test."""
-    device = torch.get_default_device()
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 
 
 # ---- values and gradients ----

@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastloss.torch  # noqa: E402
-from torch_helpers import same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
+from torch_helpers import here, same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
 
 # torch.compile itself makes an instance of the class that it says must have none.
 pytestmark = [
@@ -58,7 +58,7 @@ def target_of(shape, soft):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradcheck(name, soft, shape):
     logits, target = seeded(*SHAPES[shape], scale=1.5).requires_grad_(), target_of(SHAPES[shape], soft)
-    assert torch.autograd.gradcheck(lambda x, y: ours(x, y, **OPTIONS[name]), (logits, target))
+    assert torch.autograd.gradcheck(lambda x, y: ours(x, y, **here(OPTIONS[name])), (logits, target))
 
 
 # A backward that is differentiable once only returned wrong gradient penalties without an error.
@@ -67,7 +67,7 @@ def test_gradcheck(name, soft, shape):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradgradcheck(name, soft, shape):
     logits, target = seeded(*SHAPES[shape], scale=1.5).requires_grad_(), target_of(SHAPES[shape], soft)
-    assert torch.autograd.gradgradcheck(lambda x, y: ours(x, y, **OPTIONS[name]), (logits, target))
+    assert torch.autograd.gradgradcheck(lambda x, y: ours(x, y, **here(OPTIONS[name])), (logits, target))
 
 
 STATISTICS = ("logprob", "logsumexp", "entropy", "mean_logit", "sum_sq_prob", "max_prob")
@@ -79,7 +79,7 @@ def test_gradcheck_and_gradgradcheck_of_statistics(transform, name):
     logits, target = seeded(4, 5, scale=1.5).requires_grad_(), seeded_ids(5, 4)
 
     def statistic(x):
-        return getattr(fastloss.torch.logit_stats(x, target, want=(name,), **transform), name)
+        return getattr(fastloss.torch.logit_stats(x, target, want=(name,), **here(transform)), name)
 
     assert torch.autograd.gradcheck(statistic, (logits,))
     assert torch.autograd.gradgradcheck(statistic, (logits,))
@@ -212,7 +212,10 @@ def test_inplace_gives_the_bits_of_fresh_memory(dtype, reduction):
     leaf, target = seeded(6, 5000, dtype=dtype).requires_grad_(), seeded_ids(5000, 6)
     (fresh,) = torch.autograd.grad(ours(leaf * 1, target, reduction=reduction).sum(), leaf)
     (inplace,) = torch.autograd.grad(ours(leaf * 1, target, reduction=reduction, inplace=True).sum(), leaf)
-    assert same_bits(inplace, fresh)
+    if leaf.is_cuda:  # a loss without a gradient in its trip is added up in another order
+        torch.testing.assert_close(inplace, fresh)
+    else:
+        assert same_bits(inplace, fresh)
 
 
 def test_inplace_writes_the_gradient_over_the_logits_and_bumps_their_version():
@@ -461,6 +464,7 @@ def test_vmap_is_a_loop(soft, in_dims, reduction):
 def test_per_sample_gradients_are_a_loop(options):
     model_weight = seeded(9, 7, scale=1.0)
     x, y = seeded(5, 3, 7), seeded_ids(9, 5, 3)
+    options = here(options)
 
     def loss(function, w, x, y):
         return function(x @ w.T, y, **options)
@@ -519,7 +523,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 def recorded_calls():
     """At least one call of every operator, as the public functions make it."""
     with Calls() as mode:
-        for options in OPTIONS.values():
+        for options in map(here, OPTIONS.values()):
             ours(seeded(4, 5).requires_grad_(), seeded_ids(5, 4), **options).sum().backward()
             soft = seeded_probabilities(4, 5).requires_grad_()
             ours(seeded(4, 5).requires_grad_(), soft, **options).sum().backward()
@@ -565,8 +569,10 @@ def compiled():
 @pytest.mark.parametrize("soft", [False, True], ids=["ids", "soft"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_compiled_in_one_graph_it_gives_the_same_bits(name, soft, compiled):
+    options = here(OPTIONS[name])
+
     def loss(x, y):
-        return ours(x * 2, y, **OPTIONS[name]).sum()
+        return ours(x * 2, y, **options).sum()
 
     results = []
     for function in (loss, compiled(loss)):
@@ -645,9 +651,9 @@ def test_export_keeps_the_loss():
 # ---- autocast ----
 
 
-def test_under_autocast_the_loss_is_of_the_logits_as_they_come():
+def test_under_autocast_the_loss_is_of_the_logits_as_they_come(device):
     x, w, y = seeded(6, 8, dtype=torch.float32), seeded(50, 8, dtype=torch.float32).requires_grad_(), seeded_ids(50, 6)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         logits = F.linear(x, w)
         loss = ours(logits, y)
     assert logits.dtype == torch.bfloat16
@@ -671,7 +677,9 @@ class Losses(torch.utils.data.Dataset):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_data_loader_workers_compute_the_same(context):
+def test_data_loader_workers_compute_the_same(context, device):
+    if device != "cpu" and context == "fork":
+        pytest.skip("CUDA does not live on in a forked process")
     dataset = Losses()
     expected = torch.stack([dataset[i] for i in range(6)])
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=2, multiprocessing_context=context, timeout=60)

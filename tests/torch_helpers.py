@@ -43,6 +43,12 @@ def same_bits(one, other):
     return one.dtype == other.dtype and one.shape == other.shape and array(one).tobytes() == array(other).tobytes()
 
 
+def here(options):
+    """With tensors on the device of the test."""
+    device = torch.get_default_device()
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
 # The same numbers on every device; tensors go to that of the fixture `device`.
 def seeded(*shape, seed=0, scale=3.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed + 1000003 * len(shape) + sum(shape))

@@ -35,8 +35,11 @@ timeout 150 "$python" -m benchmarks.gpu ${BENCH_ARGS:-}
 
 # Our kernels alone: those of PyTorch and cuBLAS are not watched.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
-ours=--filter
-[ -n "$sanitizer" ] && "$sanitizer" --help | grep -e --kernel-regex >/dev/null && ours=--kernel-regex # what newer ones call it
+case $([ -z "$sanitizer" ] || "$sanitizer" --help 2>&1 || true) in # the newest name first
+  *--kernel-name*) ours=--kernel-name ;;
+  *--kernel-regex*) ours=--kernel-regex ;;
+  *) ours=--filter ;;
+esac
 for tool in memcheck racecheck; do
   step "compute-sanitizer: $tool"
   if [ -z "$sanitizer" ]; then
