@@ -128,3 +128,9 @@ class TorchGradientInPlace(Job):
 
     def release(self) -> None:
         self.loss = self.gradient = self.anchor.grad = None
+
+
+class TorchGradientInForward(TorchGradientInPlace):
+    """The same, made in the trip of the loss."""
+
+    floor_reads = 0

@@ -84,8 +84,8 @@ __device__ inline T from_lane(T value, int lane) {
   return __shfl_sync(kAllLanes, value, lane);
 }
 
-// A vector on its way to shared memory, past the registers. What a thread fetches between two calls of end_of_fetch() is a group;
-// all but the last kGroups of them have come when it stops waiting.
+// A vector on its way to shared memory, past the registers. What a thread fetches between two calls of end_of_fetch() is a
+// group; all but the last kGroups of them have come when it stops waiting.
 __device__ inline void fetch_vector(Vector* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
                "l"(global), "n"(kVectorBytes)
@@ -111,8 +111,8 @@ __device__ inline void cluster_wait() {
 }
 
 // Numbers that blocks of a cluster send each other: a barrier in shared memory counts their bytes, turn after turn. A block
-// says in each turn how many it expects; it may be sent some before, but none of the next turn before all of this one are there.
-// It begins to count before it arrives at the cluster.
+// says in each turn how many it expects; it may be sent some before, but none of the next turn before all of this one are
+// there. It begins to count before it arrives at the cluster.
 struct Arrivals {
   uint64_t barrier;
 };
@@ -121,9 +121,9 @@ __device__ inline uint32_t shared_address(const void* shared) {
 }
 __device__ inline void begin_arrivals([[maybe_unused]] Arrivals& arrivals) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
-                   shared_address(&arrivals.barrier))
-               : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(&arrivals.barrier))
+      : "memory");
 #endif
 }
 __device__ inline void expect_arrivals([[maybe_unused]] Arrivals& arrivals, [[maybe_unused]] int bytes) {
@@ -186,8 +186,8 @@ void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {1, grid.y, 1};
-    cudaLaunchConfig_t config = {grid,   static_cast<unsigned>(shape.threads), static_cast<size_t>(shape.shared_bytes),
-                                 stream, &cluster,                             1};
+    cudaLaunchConfig_t config = {
+        grid, static_cast<unsigned>(shape.threads), static_cast<size_t>(shape.shared_bytes), stream, &cluster, 1};
     check(cudaLaunchKernelEx(&config, kernel, arguments...), "kernel launch");
     return;
   }

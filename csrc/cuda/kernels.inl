@@ -304,8 +304,8 @@ void launch_soft_gradient(const Problem& p, const Loss& loss, const GradientSour
 
 template <class T>
 constexpr KernelTable kernel_table() {
-  return {&launch_scan<T>,   &launch_one_trip<T>, &launch_merge<T>,    &launch_rank<T>,     &launch_gradient<T>, &launch_soft_gradient<T>,
-          &launch_sample<T>, &launch_multiply<T>, &launch_row_sums<T>, &launch_scale<T>};
+  return {&launch_scan<T>,          &launch_one_trip<T>, &launch_merge<T>,    &launch_rank<T>,     &launch_gradient<T>,
+          &launch_soft_gradient<T>, &launch_sample<T>,   &launch_multiply<T>, &launch_row_sums<T>, &launch_scale<T>};
 }
 
 }  // namespace

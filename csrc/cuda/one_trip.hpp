@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loss and gradient of rows whose classes lie side by side, in one trip over memory: the blocks of a cluster, or one block, hold
-// a row in shared memory until its sums are known. They take some rows one after the other, and fetch the next while they write
-// the gradient of the last, so that memory has something to do while threads wait for each other.
+// Loss and gradient of rows whose classes lie side by side, in one trip over memory: the blocks of a cluster, or one block,
+// hold a row in shared memory until its sums are known. They take some rows one after the other, and fetch the next while they
+// write the gradient of the last, so that memory has something to do while threads wait for each other.
 #pragma once
 
 #include "gradient.hpp"
@@ -82,7 +82,8 @@ class Shelf {
       number = now.row[id];
       return id - (id < span.aligned ? span.begin : now.batches.end) == now.at.lane;
     }
-    const unsigned vector = static_cast<unsigned>(id - span.aligned) / kRun, lanes = kWhole ? kThreads : now.at.lanes, turn = vector / lanes;
+    const unsigned vector = static_cast<unsigned>(id - span.aligned) / kRun, lanes = kWhole ? kThreads : now.at.lanes,
+                   turn = vector / lanes;
     if (vector % lanes != static_cast<unsigned>(now.at.lane)) return false;
     const Vector* place = places_ + turn / kBatch * kBatchStep + turn % kBatch * kThreads;
     number = reinterpret_cast<const T*>(place)[static_cast<unsigned>(id - span.aligned) % kRun];
@@ -160,9 +161,7 @@ __device__ inline PlainPart scan_twice(const Stretch<T, kWhole>& now, const Shel
       sum += sum_of_powers<V>(z, ref);
     });
   };
-  const auto add_alone = [&](int i) {
-    return [&, i](const auto& run) { add(i, run, fetched_alone(now.row, run, kMissing)); };
-  };
+  const auto add_alone = [&](int i) { return [&, i](const auto& run) { add(i, run, fetched_alone(now.row, run, kMissing)); }; };
   for_head(now.at, now.span, add_alone(head));
   for (int i = 0; i < tail; ++i) add(i, now.batches[i], shelf.again(now.batches, i, kMissing));
   for_tail(now.at, now.span, now.batches, add_alone(tail));
@@ -202,14 +201,14 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
   }
   if (threadIdx.x == 0) upstream = upstream_of(source, 0);
   const int lane = threadIdx.x % kWarp;
-  const int64_t block = int64_t{blockIdx.x} * p.turns;
+  const auto block = [&p](int turn) { return int64_t{blockIdx.x} * p.turns + turn; };
   using OfBlock = Stretch<T, kWhole>;
   Shelf<T, kWhole> shelf(vectors);
-  OfBlock now(p, loss, block, OfBlock::id_of(p, block));
+  OfBlock now(p, loss, block(0), OfBlock::id_of(p, block(0)));
   if (now.counts()) shelf.fetch_from(0, now.row, now.batches);
   for (int turn = 0; turn < p.turns; ++turn) {
     const Place& at = now.at;
-    const int64_t next_id = turn + 1 < p.turns ? OfBlock::id_of(p, block + turn + 1) : 0;  // memory has time to answer
+    const int64_t next_id = turn + 1 < p.turns ? OfBlock::id_of(p, block(turn + 1)) : 0;  // memory has time to answer
     PartOfRow part;
     if constexpr (kFull) {
       part = scan_once<V>(p, now, shelf);
@@ -226,7 +225,7 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
       if (threadIdx.x == 0) expect_arrivals(arrivals[set], count * kNumbers * static_cast<int>(sizeof(double)));
       if (lane < p.parts) {
         PartOfRow& there = parts[set][mine];
-        const auto give = [&](double PartOfRow::*number) { send(there.*number, lane, part.*number, arrivals[set]); };
+        const auto give = [&](double PartOfRow::* number) { send(there.*number, lane, part.*number, arrivals[set]); };
         give(&PartOfRow::max);
         give(&PartOfRow::sum);
         give(&PartOfRow::rest);
@@ -266,7 +265,7 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
     if (kFull && has_target) logit = transformed<V>(p, logit.z, now.label.id);
     __syncthreads();
 
-    const OfBlock next(p, loss, block + turn + 1, next_id);
+    const OfBlock next(p, loss, block(turn + 1), next_id);
     const bool fetches = turn + 1 < p.turns && next.counts();
     int fetched = 0;
     T* out = row_of<T>(p, p.grad, at.there ? at.row : 0);

@@ -52,11 +52,11 @@ struct Problem {
   bool adjacent = true;
   int warps_per_row = 1;  // warps of a block that share a row, or 32 rows: a power of two
   int warps_log2 = 0;
-  int parts = 1;          // blocks that share them: in one trip a cluster of blocks
-  int64_t blocks = 0;     // of a gradient: that the rows would fill, of which a block of the grid may take several
-  int turns = 1;          // in one trip: rows that blocks take one after the other
-  int batches = 0;        // of a row, that a thread has room for in shared memory
-  Part* part = nullptr;   // [rows][parts * warps_per_row], where the parts are merged by another kernel
+  int parts = 1;         // blocks that share them: in one trip a cluster of blocks
+  int64_t blocks = 0;    // of a gradient: that the rows would fill, of which a block of the grid may take several
+  int turns = 1;         // in one trip: rows that blocks take one after the other
+  int batches = 0;       // of a row, that a thread has room for in shared memory
+  Part* part = nullptr;  // [rows][parts * warps_per_row], where the parts are merged by another kernel
 };
 
 // Shared memory for the batches of a block.

@@ -17,7 +17,7 @@ class Places {
   __device__ explicit Places(int (&kept_of_warp)[2][kBlockWarps]) : kept_of_warp_(kept_of_warp) {}
 
   // The first place of this thread.
-  __device__ int64_t take(int count) {
+  __device__ int take(int count) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     int with_me = count;
     const bool any = any_lane(count != 0);
@@ -33,7 +33,7 @@ class Places {
     turn_ ^= 1;
     if (lane == kWarp - 1) kept[warp] = with_me;
     __syncthreads();
-    int64_t first = taken_ + with_me - count;
+    int first = taken_ + with_me - count;
 #pragma unroll
     for (int w = 0; w < kBlockWarps; ++w) {
       if (w < warp) first += kept[w];
@@ -42,12 +42,12 @@ class Places {
     return first;
   }
 
-  __device__ int64_t taken() const { return taken_; }
+  __device__ int taken() const { return taken_; }
 
  private:
   int (&kept_of_warp_)[2][kBlockWarps];
   int turn_ = 0;
-  int64_t taken_ = 0;
+  int taken_ = 0;  // of less than 2^31 classes
 };
 
 // Writes what is kept of a run, whose gradient is z. `target` is kept as it is, whatever z holds there.
@@ -56,9 +56,9 @@ struct Keeper {
   using A = typename V::T;
   A threshold;
   RandomKey key;
-  int64_t target;  // -1: none
+  int target;  // -1: none
   A target_gradient;
-  int64_t slots;
+  int slots;
   int32_t* columns;
   A* values;
 
@@ -66,23 +66,21 @@ struct Keeper {
   __device__ void keep(const R& run, const A (&z)[R::kSize], Places& places) const {
     static_assert(R::kSize <= 32);
     uint32_t mask = 0;
-    int count = 0;
 #pragma unroll
     for (int i = 0; i < R::kSize; ++i) {
-      const int64_t column = run.column(i);
+      const int column = run.column(i);
       const bool large = kept_mask<V>(V::abs(z[i]), static_cast<uint32_t>(column), threshold, key) != 0;
       const bool kept = run.has(i) && (large || column == target);
       mask |= kept ? 1u << i : 0u;
-      count += kept;
     }
-    int64_t place = places.take(count);
-    if (count == 0) return;
+    int place = places.take(count_bits(mask));
+    if (mask == 0) return;
 #pragma unroll
     for (int i = 0; i < R::kSize; ++i) {
       if ((mask >> i & 1) == 0) continue;
       if (place < slots) {
-        const int64_t column = run.column(i);
-        columns[place] = static_cast<int32_t>(column);
+        const int column = run.column(i);
+        columns[place] = column;
         values[place] = column == target ? target_gradient : kept_value(z[i], threshold);
       }
       ++place;
@@ -113,7 +111,7 @@ sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS
     threshold = static_cast<A>(row_threshold(sample.threshold, coefficients, target, p.transform.inv_temperature));
   }
   __syncthreads();
-  const GradientRow c = coefficients;
+  const GradientRow& c = coefficients;
   const int64_t token = sample.token[at.row];
   int32_t* columns = sample.columns + token * sample.slots;
   A* values = static_cast<A*>(sample.values) + token * sample.slots;
@@ -121,27 +119,17 @@ sample_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS
                          random_key(static_cast<uint64_t>(*sample.seed), token),
                          with_target ? label.id : -1,
                          target_value,
-                         sample.slots,
+                         static_cast<int>(sample.slots),
                          columns,
                          values};
   Places places(kept_of_warp);
   RunGradient<V, kFull> gradient(p, c, at.row);
   const T* row = row_of<const T>(p, p.logits, at.row);
-  // As walk_logits has it; but a run is kept as a whole, so that it takes one barrier.
-  constexpr int kMost = 32 / sizeof(A);
-  walk_fetched<T, true>(p, at, row, A(0), ring, [&](const auto& run, const auto& fetched) {
-    using R = std::decay_t<decltype(run)>;
-    constexpr int kPiece = R::kSize < kMost ? R::kSize : kMost;
-    A z[R::kSize];
-#pragma unroll
-    for (int i = 0; i < R::kSize / kPiece; ++i) {
-      A piece[kPiece];
-      fetched.numbers(i, piece);
-      gradient.apply(run.template piece<kPiece>(i), piece);
-#pragma unroll
-      for (int j = 0; j < kPiece; ++j) z[i * kPiece + j] = piece[j];
-    }
-    keeper.keep(run, z, places);
+  walk_fetched<T, true>(p, at, row, A(0), ring, [&](const auto& fetched_run, const auto& fetched) {
+    for_pieces<V, 64>(fetched_run, fetched, [&](const auto& run, auto& z) {
+      gradient.apply(run, z);
+      keeper.keep(run, z, places);
+    });
   });
   __syncthreads();
   if (threadIdx.x != 0) return;

@@ -23,9 +23,9 @@
 
 #define __device__
 // One for each block of a cluster; clusters run one after the other.
-#define FASTLOSS_SHARED(type, name)                             \
-  static SharedType<type> of_blocks_##name[kMostOfCluster];     \
-  auto& name = of_blocks_##name[cluster.block()];               \
+#define FASTLOSS_SHARED(type, name)                         \
+  static SharedType<type> of_blocks_##name[kMostOfCluster]; \
+  auto& name = of_blocks_##name[cluster.block()];           \
   cluster.note_shared(of_blocks_##name, sizeof(of_blocks_##name[0]))
 #define FASTLOSS_SHARED_VECTORS(name) Vector* const name = cluster.shared_vectors()
 #define FASTLOSS_KERNEL(threads, blocks) void
