@@ -38,8 +38,8 @@ int batches_of(const Problem& p, int parts) {
 }
 
 // Blocks that take a row in one trip, a cluster if there are several: the fewest that have room for all of it, beside others at
-// work on other rows, and that leave at most a quarter of the GPU idle. 0 where no number does. A block that had its
-// multiprocessor for itself would leave the memory idle between its loads and its stores.
+// work on other rows, and that leave at most a quarter of the GPU idle. 0 where no number does. A block that has its
+// multiprocessor for itself leaves the memory idle between its loads and its stores: that is for rows that are too long else.
 int blocks_of_row(const Problem& p, const Gpu& gpu) {
   const int64_t bytes = p.classes * itemsize_of(p.logits.dtype);
   const bool clusters = gpu.clusters && have_clusters();
