@@ -13,21 +13,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.plot_style import STYLE
-
-Row = dict[str, Any]
-
-COLOURS = {
-    "fastloss": "#0072B2",
-    "fastloss exact": "#0072B2",
-    "fastloss sampled": "#56B4E9",
-    "PyTorch eager": "#D55E00",
-    "PyTorch chunked": "#F0E442",
-    "torch.compile": "#E69F00",
-    "liger-kernel": "#CC79A7",
-    "quack-kernels": "#009E73",
-    "cut-cross-entropy": "#999999",
-}
+from benchmarks.plot_style import COLOURS, STYLE, Row
 
 
 def draw(results: dict[str, Any], path: Path) -> None:

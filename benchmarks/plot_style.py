@@ -25,6 +25,12 @@ COLOURS = {
     "fastloss sampled": "#56B4E9",
     "F.linear + F.cross_entropy": "#D55E00",
     "F.linear_cross_entropy, chunked": "#E69F00",
+    # Of a GPU alone.
+    "PyTorch eager": "#D55E00",
+    "PyTorch chunked": "#F0E442",
+    "liger-kernel": "#CC79A7",
+    "quack-kernels": "#009E73",
+    "cut-cross-entropy": "#999999",
 }
 STYLE = {
     "font.size": 10,

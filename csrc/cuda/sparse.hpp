@@ -2,7 +2,7 @@
 // Sums over the entries that sampling kept: a sparse matrix times a dense one. Every sum has one order, and no atomics.
 #pragma once
 
-#include "walk.hpp"
+#include "fetch.hpp"
 
 namespace fastloss {
 namespace {

@@ -5,7 +5,7 @@
 // round away the rest of a confident row, is counted (`owners`), not summed.
 #pragma once
 
-#include "walk.hpp"
+#include "fetch.hpp"
 
 namespace fastloss {
 namespace {

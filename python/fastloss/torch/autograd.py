@@ -102,22 +102,14 @@ class CrossEntropyOverLogits(Function):
     """The loss, and its gradient over the logits in the same trip; nothing else is kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        options: Options,
-        reduction: int,
-        denominator: float | None,
-    ) -> Tensor:
-        """Makes the gradient for the upstream gradient that can be expected."""
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Makes the gradient for the upstream gradient that can be expected. Takes the first arguments of `CrossEntropy`."""
+        logits, target, weight, bias, options, reduction, denominator = arguments
         if ctx.needs_input_grad[TARGET]:
             raise ValueError('inplace="forward" leaves no logits, which the gradient by the target would need')
         ctx.upstream = expectation.upstream if logits.is_cpu and reduction != NONE else 1.0
-        arguments = (logits, target, weight, bias, options, reduction, denominator, False, logits.detach())
-        loss = ops.cross_entropy(*arguments, *((ctx.upstream,) if logits.is_cpu else ()))[0]
+        of_rows = (logits, target, weight, bias, options)
+        loss = ops.cross_entropy(*of_rows, reduction, denominator, False, logits.detach(), ctx.upstream)[0]
         torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits)
         ctx.dim = options.dim
@@ -136,9 +128,7 @@ class CrossEntropyOverLogits(Function):
         elif grad.is_cpu:
             brought = upstream.item()
             expectation.learn(brought)
-            if brought == 0.0:
-                grad.zero_()
-            elif brought != ctx.upstream:
+            if brought != ctx.upstream:
                 grad.mul_(brought / ctx.upstream)
         else:
             ops.gpu().scale(grad, upstream)
