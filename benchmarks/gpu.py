@@ -31,8 +31,8 @@ CHECKED_ROWS = 64
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 # Passes over the logits: what the operation must move, in units of their bytes.
-OVERWRITES = ("gradient in place", "the same in forward")
-UNITS = {"loss": 1, "gradient": 2, "gradient in place": 3, "the same in forward": 2, "logprob and entropy": 1}
+OVERWRITES = ("gradient in place", "gradient in place, in backward")
+UNITS = {"loss": 1, "gradient": 2, OVERWRITES[0]: 2, OVERWRITES[1]: 3, "logprob and entropy": 1}
 
 
 class Case(NamedTuple):

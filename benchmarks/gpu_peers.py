@@ -34,7 +34,7 @@ def fastloss() -> Mapping[str, LossFunction]:
         "loss": fl.cross_entropy,
         "gradient": fl.cross_entropy,
         "gradient in place": partial(fl.cross_entropy, inplace=True),
-        "the same in forward": partial(fl.cross_entropy, inplace="forward"),
+        "gradient in place, in backward": partial(fl.cross_entropy, inplace="backward"),
     }
 
 
@@ -49,10 +49,10 @@ def compiled() -> Mapping[str, LossFunction]:
 
 
 def liger() -> Mapping[str, LossFunction]:
-    """Makes its gradient in forward, over the logits."""
+    """Makes its gradient over the logits, in the trip of the loss."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    return {"loss": _rows_last(liger_cross_entropy), "the same in forward": _rows_last(liger_cross_entropy)}
+    return {"loss": _rows_last(liger_cross_entropy), "gradient in place": _rows_last(liger_cross_entropy)}
 
 
 def quack() -> Mapping[str, LossFunction]:
@@ -61,7 +61,7 @@ def quack() -> Mapping[str, LossFunction]:
     return {
         "loss": _rows_last(lambda logits, target: cross_entropy(logits, target, reduction="mean")),
         "gradient": _rows_last(lambda logits, target: cross_entropy(logits, target, reduction="mean")),
-        "gradient in place": _rows_last(
+        "gradient in place, in backward": _rows_last(
             lambda logits, target: cross_entropy(logits, target, reduction="mean", inplace_backward=True)
         ),
     }

@@ -99,13 +99,12 @@ class Produce(torch.autograd.Function):
 
 
 class TorchGradientInPlace(Job):
-    """Loss and gradient over the logits.
+    """Loss and gradient over the logits, in one trip.
 
     A leaf may not be overwritten, so the logits are the output of `Produce`, as in training they are the output of a
     matmul. The buffer is refilled before each run, outside the timer.
     """
 
-    floor_reads = 1
     floor_updates = 1
 
     def __init__(self, function: LossFunction, case: Case) -> None:
@@ -130,7 +129,7 @@ class TorchGradientInPlace(Job):
         self.loss = self.gradient = self.anchor.grad = None
 
 
-class TorchGradientInForward(TorchGradientInPlace):
-    """The same, made in the trip of the loss."""
+class TorchGradientInBackward(TorchGradientInPlace):
+    """The same in two trips."""
 
-    floor_reads = 0
+    floor_reads = 1

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 COLOURS = {
     "fastloss": "#0072B2",
     "fastloss in place": "#56B4E9",
-    "fastloss in forward": "#0A4A75",
+    "fastloss in backward": "#0A4A75",
     "fastloss numpy": "#009E73",
     "torch eager": "#D55E00",
     "torch.compile": "#E69F00",

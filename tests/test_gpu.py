@@ -117,7 +117,8 @@ def test_gpu_is_never_waited_for(no_waiting):
     for reduction in ("mean", "sum"):
         fl.cross_entropy(leaf, target, reduction=reduction).backward()
         (fl.cross_entropy(leaf, target, reduction=reduction) * 0.5).backward()
-    fl.cross_entropy(leaf * 2, target, inplace=True).backward()
+    for inplace in (True, "backward"):
+        fl.cross_entropy(leaf * 2, target, inplace=inplace).backward()
     fl.logit_stats(leaf, target, want=("logprob", "entropy", "rank"))
 
 

@@ -191,7 +191,7 @@ def test_no_gradient_is_made_where_none_can_be_expected(call, trips):
     elif call == "none":
         fl.cross_entropy(logits, target, reduction="none")
     elif call == "inplace":
-        fl.cross_entropy(logits * 1, target, inplace=True)
+        fl.cross_entropy(logits * 1, target, inplace="backward")
     else:
         fl.cross_entropy(logits.detach(), torch.softmax(logits, 1))
     assert trips == ["forward"]

@@ -68,7 +68,8 @@ def test_upstream_gradients_reach_each_row(cuda):
     torch.testing.assert_close(ours, logits.grad)
 
 
-def test_inplace_writes_over_the_logits(cuda):
+@pytest.mark.parametrize("inplace", [True, "backward"])
+def test_inplace_writes_over_the_logits(inplace, cuda):
     leaf = seeded(6, 300, dtype=torch.float32).requires_grad_()
     target = seeded_ids(300, 6)
     fresh = torch.autograd.grad(fl.cross_entropy(leaf * 1, target), leaf)[0]
@@ -76,7 +77,7 @@ def test_inplace_writes_over_the_logits(cuda):
     place = logits.data_ptr()
     kept = {}
     logits.register_hook(lambda grad: kept.update(place=grad.data_ptr()))
-    fl.cross_entropy(logits, target, inplace=True).backward()
+    fl.cross_entropy(logits, target, inplace=inplace).backward()
     assert kept["place"] == place
     torch.testing.assert_close(leaf.grad, fresh, rtol=0, atol=0)
 

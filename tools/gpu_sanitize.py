@@ -25,7 +25,8 @@ def main() -> None:
                 rows = shape[:dim] + shape[dim + 1 :]
                 target = torch.randint(shape[dim], rows, device="cuda")
                 fl.cross_entropy(logits, target, **options).backward()
-                fl.cross_entropy(logits * 1, target, inplace=True, **options).backward()
+                for inplace in (True, "backward"):
+                    fl.cross_entropy(logits * 1, target, inplace=inplace, **options).backward()
                 soft = logits.detach().softmax(dim).requires_grad_()
                 fl.cross_entropy(logits, soft, **options).backward()
                 stats = fl.logit_stats(logits, target, dim=dim, want=("logprob", "entropy", "rank"))

@@ -6,17 +6,17 @@ from functools import partial
 
 from fastloss.torch import cross_entropy
 
-from ..jobs import TorchGradient, TorchGradientInForward, TorchGradientInPlace, TorchLoss
+from ..jobs import TorchGradient, TorchGradientInBackward, TorchGradientInPlace, TorchLoss
 from . import Peer
 from .fastloss_numpy import BOUNDS
 
 
 def peers() -> list[Peer]:
     in_place = partial(TorchGradientInPlace, partial(cross_entropy, inplace=True))
-    in_forward = partial(TorchGradientInForward, partial(cross_entropy, inplace="forward"))
+    in_backward = partial(TorchGradientInBackward, partial(cross_entropy, inplace="backward"))
     jobs = {"loss": partial(TorchLoss, cross_entropy), "gradient": partial(TorchGradient, cross_entropy)}
     return [
         Peer("fastloss", jobs, BOUNDS, order=10),
         Peer("fastloss in place", {"gradient in place": in_place}, BOUNDS, order=11),
-        Peer("fastloss in forward", {"gradient in place": in_forward}, BOUNDS, order=12),
+        Peer("fastloss in backward", {"gradient in place": in_backward}, BOUNDS, order=12),
     ]

@@ -35,8 +35,6 @@ GRADIENT_TARGETS = (
     Target("fresh: fastloss / logits.clone()", "fastloss", "logits.clone()", 0.4, 0.4, at_least=False),
     Target("in place: eager / fastloss", "torch eager", "fastloss in place", 13.0, 13.0),
     Target("in place: torch.compile / fastloss", "torch.compile", "fastloss in place", 6.0, 6.0),
-    Target("in place, in forward: eager / fastloss", "torch eager", "fastloss in forward", 13.0, 13.0),
-    Target("in place, in forward: torch.compile / fastloss", "torch.compile", "fastloss in forward", 6.0, 6.0),
 )
 
 
@@ -58,8 +56,8 @@ def gradient(settings: Settings) -> Section:
     section.notes = [
         "GB/s counts the floor: a read, then a read and write (autograd); a read and write (NumPy API, JAX, clone).",
         "The memory of the result is allocated inside the timer and freed outside it.",
-        "In place: the logits are a non-leaf, refilled untimed; their gradient is consumed at no cost. In backward"
-        " (inplace=True), or in forward (inplace='forward'): one read and write.",
+        "In place: the logits are a non-leaf, refilled untimed; their gradient is consumed at no cost. In the trip of the loss"
+        " (inplace=True): a read and write; or in a trip of its own, in backward (inplace='backward').",
     ]
     section.rows = _measure(settings, ["gradient", "gradient in place"], section.title)
     section.goals = _goals(settings, section.rows, GRADIENT_TARGETS)

@@ -65,9 +65,7 @@ class CrossEntropy(Function):
         needs_logits, needs_target = ctx.needs_input_grad[:2]
         differentiated = torch.is_grad_enabled()
         if differentiated and ctx.inplace:
-            raise RuntimeError(
-                "inplace=True overwrites the logits, so the gradient cannot be differentiated (create_graph=True)"
-            )
+            raise RuntimeError("inplace overwrites the logits, so the gradient cannot be differentiated (create_graph=True)")
         if differentiated or ops.is_batched_by_autograd(upstream) or ops.forward_mode():
             tensors = (logits, target, weight, bias, saved, as_tensor(ctx.scale))
             return *_gradients(upstream, tensors, ctx.options, ctx.needs_input_grad), *[None] * 4
@@ -104,28 +102,22 @@ class CrossEntropyOverLogits(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Makes the gradient for the upstream gradient that can be expected. Takes the first arguments of `CrossEntropy`."""
-        logits, target, weight, bias, options, reduction, denominator = arguments
-        if ctx.needs_input_grad[TARGET]:
-            raise ValueError('inplace="forward" leaves no logits, which the gradient by the target would need')
-        ctx.upstream = expectation.upstream if logits.is_cpu and reduction != NONE else 1.0
-        of_rows = (logits, target, weight, bias, options)
-        loss = ops.cross_entropy(*of_rows, reduction, denominator, False, logits.detach(), ctx.upstream)[0]
+        logits = arguments[LOGITS]
+        ctx.upstream = expectation.upstream if logits.is_cpu else 1.0
+        loss = ops.cross_entropy(*arguments, False, logits.detach(), ctx.upstream)[0]
         torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits)
-        ctx.dim = options.dim
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         """Multiplies in place where another upstream gradient came than was expected."""
         if torch.is_grad_enabled() or ops.is_batched_by_autograd(upstream) or ops.forward_mode():
-            raise RuntimeError('inplace="forward" leaves no logits: its gradient cannot be differentiated (create_graph=True)')
+            raise RuntimeError("inplace=True leaves no logits: its gradient cannot be differentiated (create_graph=True)")
         (logits,) = ctx.saved_tensors
         torch.autograd.graph.increment_version(logits)
         grad = logits.detach()
-        if upstream.ndim > 0:
-            grad.mul_(upstream.unsqueeze(ctx.dim))
-        elif grad.is_cpu:
+        if grad.is_cpu:
             brought = upstream.item()
             expectation.learn(brought)
             if brought != ctx.upstream:

@@ -45,7 +45,7 @@ def cross_entropy(
 
     Forward reads the logits once and keeps a few numbers a row. A reduced loss makes the gradient in the same trip, in memory
     of its own, times the upstream gradient that the last backward on the device brought (1 at first). Where backward brings
-    another one, and where forward made no gradient (``"none"``, `inplace`, under `torch.compile`, `torch.func`, checkpointing
+    another one, and where forward made no gradient (``"none"``, under `torch.compile`, `torch.func`, checkpointing
     or offloading, while another loss waits for its backward, after an upstream gradient that was new or never came), backward
     reads the logits once more and writes the gradient: the same bits. Under `torch.compile` and `torch.func`, and with a weight
     that needs a gradient, `inplace` has no effect.
@@ -70,19 +70,19 @@ def cross_entropy(
         logit_bias: one number a class, added last (logit adjustment), shape ``(C)``; a constant.
         denominator: positive number or 0-d tensor that divides the sum in place of the counted weights: the tokens of a whole
             accumulation window, say. A batch with every target ignored then gives 0, on the graph, and not NaN.
-        inplace: True: backward writes the gradient over the logits, so that no second tensor of their size is made. Autograd
-            reports any other use of the logits after that. ``"forward"``: the call itself does, in the trip of the loss, which
-            is faster than both; once it has returned, the logits hold their gradient, whoever reads them. Backward multiplies
-            it in place, and so rounds it once more, where another upstream gradient comes than was expected: on the CPU that
-            of the last loss, on a GPU 1, and of ``"none"`` 1.
+        inplace: True: the gradient goes over the logits, so that no second tensor of their size is made, and in the trip of
+            the loss: take the logits as gone once the call has returned. Backward multiplies their gradient in place, and so
+            rounds it once more, where another upstream gradient comes than was expected: on the CPU that of the last loss, on
+            a GPU 1. ``"backward"``: backward reads the logits once more and writes the gradient over them, which are whole
+            until then. So it does for True, too, with float16 (a gradient that waits for its loss scale may vanish), with
+            ``"none"``, and with probabilities that need a gradient. Autograd reports the logits that another operation saved.
 
     Returns:
         The loss: float64 for float64 logits and else float32; a scalar, or the shape of the class ids for ``"none"``.
 
     Raises:
         TypeError: a dtype that is not supported.
-        ValueError: shapes or options that do not fit, `inplace` on a leaf that needs a gradient, ``"forward"`` with
-            probabilities that need one.
+        ValueError: shapes or options that do not fit, `inplace` on a leaf that needs a gradient.
         IndexError: a class id out of range. On a GPU its row becomes NaN instead, but with `FASTLOSS_DEBUG=1`.
         NotImplementedError: tensors on other devices than the CPU and, where fastloss was built for it, CUDA.
         RuntimeError: a second derivative (``create_graph=True``) of a loss with `inplace`, in backward.
@@ -124,8 +124,8 @@ def cross_entropy(
     elif eager:
         if inplace:
             _check_inplace(input, inplace)
-        forward = inplace == "forward"
-        loss = CrossEntropyOverLogits.apply(*arguments) if forward else apply_cross_entropy(*arguments, inplace)
+        at_once = inplace is True and reduction != "none" and input.dtype != torch.float16 and not target.requires_grad
+        loss = CrossEntropyOverLogits.apply(*arguments) if at_once else apply_cross_entropy(*arguments, bool(inplace))
     elif ops.forward_mode():
         loss = plain.cross_entropy(*arguments)
     else:
@@ -165,8 +165,8 @@ def _remembered_options(*choices: Any) -> tuple[Options, int, float | None]:
 
 
 def _check_inplace(input: Tensor, inplace: bool | str) -> None:
-    if inplace not in (True, "forward"):
-        raise ValueError(f'inplace={inplace!r}: expected False, True or "forward"')
+    if inplace not in (True, "backward"):
+        raise ValueError(f'inplace={inplace!r}: expected False, True or "backward"')
     base = input._base
     if input.requires_grad and (input.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
         raise ValueError(
@@ -196,7 +196,7 @@ class CrossEntropyLoss(torch.nn.Module):
         softcap: bound of the logits.
         temperature: divides the logits first.
         logit_bias: one number a class, shape ``(C)``; a buffer.
-        inplace: True or ``"forward"``: the gradient goes over the logits.
+        inplace: True or ``"backward"``: the gradient goes over the logits.
 
     A `denominator` may change from call to call: it is given to `forward`, after input and target.
 
