@@ -102,9 +102,10 @@ class CrossEntropyOverLogits(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Makes the gradient for the upstream gradient that can be expected. Takes the first arguments of `CrossEntropy`."""
-        logits = arguments[LOGITS]
+        logits, target, weight, bias, options, reduction, denominator = arguments
         ctx.upstream = expectation.upstream if logits.is_cpu else 1.0
-        loss = ops.cross_entropy(*arguments, False, logits.detach(), ctx.upstream)[0]
+        of_rows = (logits, target, weight, bias, options)
+        loss = ops.cross_entropy(*of_rows, reduction, denominator, False, logits.detach(), ctx.upstream)[0]
         torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits)
         return loss
