@@ -13,6 +13,7 @@
 #include "dispatch.hpp"
 #include "linear.hpp"
 #include "parallel.hpp"
+#include "products.hpp"
 #include "recycled.hpp"
 #include "stats.hpp"
 
@@ -95,6 +96,11 @@ SparseRows sparse_rows(int64_t rows, uintptr_t start, uintptr_t ids, uintptr_t v
   return {rows, pointer<int64_t>(start), pointer<int32_t>(ids), pointer(values)};
 }
 
+BlockProduct block_product(const std::array<uintptr_t, 2>& functions) {
+  return {reinterpret_cast<decltype(BlockProduct::multiply)>(functions[0]),
+          reinterpret_cast<decltype(BlockProduct::release)>(functions[1])};
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FASTLOSS_VERSION;
@@ -140,12 +146,19 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release release;
     transpose(sparse_rows(rows, start, ids, values), wide ? kF64 : kF32, sparse_rows(columns, out_start, out_ids, out_values));
   });
-  m.def("transposed_product", [](uintptr_t multiply, uintptr_t release_tiles, const Tensor& grad, const Tensor& hidden,
-                                 uintptr_t total, bool add, const Tensor& rounded) {
+  m.def("logits_product",
+        [](std::array<uintptr_t, 2> product, const Tensor& hidden, const Tensor& weight, uintptr_t bias, const Tensor& out) {
+          const py::gil_scoped_release release;
+          logits_product(block_product(product), hidden, weight, pointer<const float>(bias), out);
+        });
+  m.def("hidden_product", [](std::array<uintptr_t, 2> product, const Tensor& grad, const Tensor& weight, const Tensor& out) {
     const py::gil_scoped_release release;
-    const BlockProduct product{reinterpret_cast<decltype(BlockProduct::multiply)>(multiply),
-                               reinterpret_cast<decltype(BlockProduct::release)>(release_tiles)};
-    transposed_product(product, grad, hidden, pointer<float>(total), add, rounded);
+    hidden_product(block_product(product), grad, weight, out);
+  });
+  m.def("transposed_product", [](std::array<uintptr_t, 2> product, const Tensor& grad, const Tensor& hidden, uintptr_t total,
+                                 bool add, const Tensor& rounded) {
+    const py::gil_scoped_release release;
+    transposed_product(block_product(product), grad, hidden, pointer<float>(total), add, rounded);
   });
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("available_isas", &available_isas);

@@ -68,9 +68,20 @@ def test_without_gradients_forward_alone_is_done():
     assert same_bits(loss, ours(hidden, weight, targets("ids")).detach())
 
 
-@pytest.mark.parametrize("library", ["blas", "onednn"])
+def use(library, monkeypatch):
+    """Pins a library; oneDNN has a product of small blocks on some CPUs alone."""
+    if library == "onednn, no blocks":
+        monkeypatch.setattr(matmul, "_BLOCKS", {})
+        monkeypatch.setattr(matmul, "_PRODUCTS", matmul._products(blocks=False))
+    monkeypatch.setattr(matmul, "_PINNED", None if library == "the faster one" else library.split(",")[0])
+
+
+LIBRARIES = ["blas", "onednn", "onednn, no blocks"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_each_library_gives_the_product(library, monkeypatch):
-    monkeypatch.setattr(matmul, "_PINNED", library)
+    use(library, monkeypatch)
     monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * 7 * FEATURES)  # blocks of seven classes
     hidden, weight, bias = factors(torch.float32)
     target = targets("ids")
@@ -80,10 +91,10 @@ def test_each_library_gives_the_product(library, monkeypatch):
 
 
 # oneDNN's operator takes a bias by its pointer, whatever its strides.
-@pytest.mark.parametrize("library", ["blas", "onednn", "the faster one"])
+@pytest.mark.parametrize("library", [*LIBRARIES, "the faster one"])
 @pytest.mark.parametrize("strides", ["every third", "expanded", "of a place"])
 def test_each_library_takes_a_bias_of_any_strides(strides, library, monkeypatch):
-    monkeypatch.setattr(matmul, "_PINNED", None if library == "the faster one" else library)
+    use(library, monkeypatch)
     monkeypatch.setattr(matmul, "_MEASURED_FROM", 1)
     monkeypatch.setattr(matmul, "_choices", {})
     hidden, weight, bias = factors(torch.float32)
@@ -111,7 +122,7 @@ def test_each_library_takes_a_bias_of_any_strides(strides, library, monkeypatch)
 def test_weight_products_are_sums_in_float32_rounded_once(dtype, shape, blocks, monkeypatch):
     tokens, classes, features = shape
     if not blocks:
-        monkeypatch.setattr(matmul, "_BLOCKS", dict.fromkeys(matmul._BLOCKS, 0))
+        use("onednn, no blocks", monkeypatch)
     monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * tokens * 50)  # blocks of fifty classes
     grad = seeded(tokens, classes + 3, dtype=dtype)[:, :classes]  # rows with a stride
     hidden = seeded(tokens, features, seed=1, dtype=dtype)
@@ -128,6 +139,52 @@ def test_weight_products_are_sums_in_float32_rounded_once(dtype, shape, blocks, 
     assert same_bits(out, sums.to(dtype))
 
 
+def layouts_of_weights(classes, features):
+    """The same shape in memory of every kind."""
+    return {
+        "rows": seeded(classes, features, seed=1, dtype=torch.float32),
+        "columns": seeded(features, classes, seed=1, dtype=torch.float32).t(),
+        "rows with a step": seeded(classes, features + 5, seed=1, dtype=torch.float32)[:, :features],
+        "rows a page apart": seeded(classes, 1024, seed=1, dtype=torch.float32)[:, :features],
+        "every second": seeded(classes, 2 * features, seed=1, dtype=torch.float32)[:, ::2],
+        "one row": seeded(1, features, seed=1, dtype=torch.float32).expand(classes, features),
+    }
+
+
+@pytest.mark.skipif(torch.float32 not in matmul._BLOCKS, reason="needs oneDNN's product of small blocks, on a CPU with AVX-512")
+@pytest.mark.parametrize("layout", layouts_of_weights(1, 1))
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 70, 5), (300, 7, 65), (129, 200, 64), (40, 1, 3), (5, 3000, 300)], ids=str)
+def test_products_in_blocks_are_right_for_any_layout(shape, layout, set_threads):
+    tokens, classes, features = shape
+    weight = layouts_of_weights(classes, features)[layout]
+    hidden, bias = seeded(tokens, features, dtype=torch.float32), seeded(classes, dtype=torch.float32)
+    grad = seeded(tokens, classes + 3, dtype=torch.float32)[:, :classes]  # rows with a stride
+    for threads in (1, 2, 7):
+        set_threads(threads)
+        logits, by_hidden = torch.full((tokens, classes), torch.nan), torch.full((tokens, features), torch.nan)
+        matmul._blocks_logits(hidden, weight, bias, logits)
+        matmul._blocks_hidden(grad, weight, by_hidden)
+        for found, left, right, rest in ((logits, hidden, weight.t(), bias), (by_hidden, grad, weight, torch.zeros(features))):
+            exact, scale = (f(left.double()) @ f(right.double()) + f(rest.double()) for f in (lambda x: x, torch.abs))
+            assert bool(((found.double() - exact).abs() <= (left.shape[1] + 1) * 2.0**-24 * scale).all())
+
+
+# What BLAS does with few classes depends on threads and chunks.
+@pytest.mark.skipif(torch.float32 not in matmul._BLOCKS, reason="needs oneDNN's product of small blocks, on a CPU with AVX-512")
+@pytest.mark.parametrize("classes", [1, 10, 100, 999])
+@pytest.mark.parametrize("features", [1, 31, 200, 1500])
+def test_logits_in_blocks_have_the_same_bits_whatever_the_classes(features, classes, set_threads):
+    hidden, weight = (seeded(n, features, seed=n, dtype=torch.float32) for n in (200, classes))
+    results = []
+    for threads, step in ((1, 200), (2, 200), (7, 200), (2, 1), (3, 16), (5, 150)):
+        set_threads(threads)
+        logits = torch.empty(200, classes)
+        for start in range(0, 200, step):
+            matmul.logits_product(hidden[start : start + step], weight, None, logits[start : start + step])
+        results.append(logits)
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
 def test_the_fastest_library_is_measured_once_and_remembered(monkeypatch):
     monkeypatch.setattr(matmul, "_MEASURED_FROM", 1)
     monkeypatch.setattr(matmul, "_PINNED", None)
@@ -142,9 +199,9 @@ def test_the_fastest_library_is_measured_once_and_remembered(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("library", ["blas", "onednn"])
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_hidden_states_of_any_strides(library, dtype, monkeypatch):
-    monkeypatch.setattr(matmul, "_PINNED", library)
+    use(library, monkeypatch)
     dense, weight, _ = factors(dtype)
     target = targets("ids")
     expected = torch.autograd.grad(ours(dense, weight, target, chunk_tokens=4), (dense, weight))
@@ -160,11 +217,11 @@ def test_hidden_states_of_any_strides(library, dtype, monkeypatch):
 # ---- bits ----
 
 
-@pytest.mark.parametrize("library", ["blas", "onednn"])
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("features", [1, 33, 256])
 def test_samples_have_the_same_bits_for_any_chunks_and_threads(features, dtype, library, monkeypatch, set_threads):
-    monkeypatch.setattr(matmul, "_PINNED", library)
+    use(library, monkeypatch)
     hidden, weight, bias = factors(dtype, tokens=131, classes=3001, features=features)
     target = seeded_ids(3001, 131)
     target[::5] = -100

@@ -23,6 +23,7 @@ from fastloss._chunks import BLOCK_BYTES, slices
 from fastloss.torch.ops import address, describe, symbol
 
 Product = Callable[..., None]
+Blocks = tuple[int, int]  # addresses of oneDNN's product of small blocks, and of what releases the registers that it sets up
 
 GROUP = 16  # tokens that the libraries take at once, see `whole_groups`
 _MEASURED_FROM = 1 << 20  # weights: below, a wrong choice costs less than measuring does
@@ -50,8 +51,8 @@ def weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tens
     """
     if hidden.dtype in (torch.float32, torch.float64):
         _run("weight", grad, hidden, out, add)
-    elif hidden.dtype == torch.bfloat16 and _BLOCKS[torch.bfloat16]:
-        _multiply_blocks(grad, hidden, total, out if last else None, add)
+    elif blocks := _BLOCKS.get(hidden.dtype):
+        _multiply_transposed(blocks, grad, hidden, total, out if last else None, add)
     else:
         # PyTorch rounds products of 16-bit factors to 16 bits: here they are made in float32, a block of classes at a time.
         wide = hidden.float()
@@ -84,7 +85,7 @@ def _blas_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None
         torch.mm(grad.t(), hidden, out=total)
 
 
-# ---- oneDNN: its operator allocates what it returns, so blocks of classes keep that in the cache -----------------------
+# ---- oneDNN, where it has no product of small blocks: its operator allocates what it returns, in the cache by blocks of classes --
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,50 +102,64 @@ def _onednn_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     out.copy_(_linear(grad, weight.t()))
 
 
-# ---- oneDNN's product of small blocks: the sum stays where it is, in float32 -------------------------------------------
+# ---- oneDNN's product of small blocks: results go where they belong, sums stay there in float32 -------------------------
 
 
-def _multiply_blocks(grad: Tensor, hidden: Tensor, total: Tensor | None, rounded: Tensor | None, add: bool) -> None:
-    to = None if rounded is None else describe(rounded, 1)
-    _cpu.transposed_product(_BLOCKS[grad.dtype], _RELEASE, describe(grad, 1), describe(hidden, 1), address(total), add, to)
+def _blocks_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    blocks = _BLOCKS[torch.float32]
+    _cpu.logits_product(blocks, describe(hidden, 1), describe(weight, 1), address(bias), describe(out, 1))
+
+
+def _blocks_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
+    _cpu.hidden_product(_BLOCKS[torch.float32], describe(grad, 1), describe(weight, 1), describe(out, 1))
 
 
 def _blocks_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None:
-    _multiply_blocks(grad, hidden, total, None, add)
+    _multiply_transposed(_BLOCKS[torch.float32], grad, hidden, total, None, add)
 
 
-def _find_blocks(dtype: torch.dtype, mangled: str) -> int:
-    """The address of brgemm, part of the C++ interface of PyTorch; 0 where there is none that is fast.
+def _multiply_transposed(
+    blocks: Blocks, grad: Tensor, hidden: Tensor, total: Tensor | None, rounded: Tensor | None, add: bool
+) -> None:
+    to = None if rounded is None else describe(rounded, 1)
+    _cpu.transposed_product(blocks, describe(grad, 1), describe(hidden, 1), address(total), add, to)
+
+
+def _find_blocks() -> dict[torch.dtype, Blocks]:
+    """Where brgemm is, part of the C++ interface of PyTorch, by dtype, as far as it is there and fast.
 
     It is found by name in the library that is loaded, and tried before it is used.
     """
-    fast = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if dtype == torch.bfloat16 else ("_is_avx512_supported",)
-    if not any(getattr(torch.cpu, name, lambda: False)() for name in fast):
-        return 0
-    if not _RELEASE:
-        return 0
-    found = symbol(f"_ZN2at6native7cpublas6brgemmEllllllb{mangled}Pfb")
-    ones, total = torch.ones((4, 8), dtype=dtype), torch.ones((8, 8))
-    try:
-        if found:
-            _cpu.transposed_product(found, _RELEASE, describe(ones, 1), describe(ones, 1), total.data_ptr(), True, None)
-    except RuntimeError:  # this build of PyTorch or this CPU has no kernel for it
-        return 0
-    return found if bool((total == 5).all()) else 0
+    release = symbol("_ZN2at6native7cpublas14brgemm_releaseEb")
+    found = {}
+    for dtype, mangled, fast in (
+        (torch.float32, "PKfS3_", ["_is_avx512_supported"]),
+        (torch.bfloat16, "PKN3c108BFloat16ES5_", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"]),
+    ):
+        blocks = symbol(f"_ZN2at6native7cpublas6brgemmEllllllb{mangled}Pfb"), release
+        if not all(blocks) or not any(getattr(torch.cpu, name, lambda: False)() for name in fast):
+            continue
+        ones, total = torch.ones((4, 8), dtype=dtype, device="cpu"), torch.ones((8, 8), device="cpu")
+        try:
+            _cpu.transposed_product(blocks, describe(ones, 1), describe(ones, 1), total.data_ptr(), True, None)
+        except RuntimeError:  # this build of PyTorch or this CPU has no kernel for it
+            continue
+        if bool((total == 5).all()):
+            found[dtype] = blocks
+    return found
 
 
-_RELEASE = symbol("_ZN2at6native7cpublas14brgemm_releaseEb")
-_BLOCKS = {
-    torch.float32: _find_blocks(torch.float32, "PKfS3_"),
-    torch.bfloat16: _find_blocks(torch.bfloat16, "PKN3c108BFloat16ES5_"),
-}
+def _products(blocks: bool) -> dict[str, dict[str, Product]]:
+    """Of float32, by role and library."""
+    return {
+        "logits": {"blas": _blas_logits, "onednn": _blocks_logits if blocks else _onednn_logits},
+        "hidden": {"blas": _blas_hidden, "onednn": _blocks_hidden if blocks else _onednn_hidden},
+        "weight": {"blas": _blas_weight, "onednn": _blocks_weight if blocks else _blas_weight},
+    }
 
 
-_PRODUCTS: dict[str, dict[str, Product]] = {
-    "logits": {"blas": _blas_logits, "onednn": _onednn_logits},
-    "hidden": {"blas": _blas_hidden, "onednn": _onednn_hidden},
-    "weight": {"blas": _blas_weight, "onednn": _blocks_weight if _BLOCKS[torch.float32] else _blas_weight},
-}
+_BLOCKS = _find_blocks()
+_PRODUCTS = _products(torch.float32 in _BLOCKS)
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
@@ -177,7 +192,7 @@ def _run(role: str, first: Tensor, second: Tensor, *rest: Any) -> None:
     classes = first.shape[1] if role == "weight" else second.shape[0]
     if role not in _choices and classes * second.shape[1] >= _MEASURED_FROM:
         _choices[role] = _fastest(role, classes, second.shape[1])
-    _choices.get(role, products["blas"])(first, second, *rest)
+    _choices.get(role, products["onednn" if torch.float32 in _BLOCKS else "blas"])(first, second, *rest)
 
 
 def _fastest(role: str, classes: int, width: int) -> Product:

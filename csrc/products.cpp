@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "products.hpp"
+
+#include <string.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "dispatch.hpp"
+#include "parallel.hpp"
+
+namespace fastloss {
+namespace {
+
+constexpr int64_t kPanel = 64;         // columns of one product: what a block of registers holds
+constexpr int64_t kPageFloats = 1024;  // rows so far apart, or a multiple of it, drive each other out of the cache
+
+// ---- transposed ------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Square;  // rows of 16 bytes, as many as each has elements
+
+// Elements of both in turn, of their low or their high halves.
+#if defined(__clang__)
+#define FASTLOSS_SHUFFLE(mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTLOSS_SHUFFLE(mask, a, b, ...) __builtin_shuffle(a, b, mask{__VA_ARGS__})
+#endif
+
+template <>
+struct Square<float> {
+  typedef float Row __attribute__((vector_size(16)));
+  typedef int32_t Mask __attribute__((vector_size(16)));
+  static Row low(Row a, Row b) { return FASTLOSS_SHUFFLE(Mask, a, b, 0, 4, 1, 5); }
+  static Row high(Row a, Row b) { return FASTLOSS_SHUFFLE(Mask, a, b, 2, 6, 3, 7); }
+};
+
+template <>
+struct Square<uint16_t> {
+  typedef uint16_t Row __attribute__((vector_size(16)));
+  typedef int16_t Mask __attribute__((vector_size(16)));
+  static Row low(Row a, Row b) { return FASTLOSS_SHUFFLE(Mask, a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+  static Row high(Row a, Row b) { return FASTLOSS_SHUFFLE(Mask, a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+};
+
+#undef FASTLOSS_SHUFFLE
+
+template <class T>
+inline void transpose_square(const T* from, int64_t step, T* to, int64_t to_step) {
+  using Row = typename Square<T>::Row;
+  constexpr int kSide = sizeof(Row) / sizeof(T);
+  Row row[kSide], zipped[kSide];
+  for (int i = 0; i < kSide; ++i) memcpy(&row[i], from + i * step, sizeof(Row));
+  for (int round = 1; round < kSide; round *= 2) {  // a row with the one half of all behind it, log2 times
+    for (int i = 0; i < kSide / 2; ++i) {
+      zipped[2 * i] = Square<T>::low(row[i], row[i + kSide / 2]);
+      zipped[2 * i + 1] = Square<T>::high(row[i], row[i + kSide / 2]);
+    }
+    for (int i = 0; i < kSide; ++i) row[i] = zipped[i];
+  }
+  for (int i = 0; i < kSide; ++i) memcpy(to + i * to_step, &row[i], sizeof(Row));
+}
+
+// Columns become rows of `to`. A tile fills whole cache lines of both, and each line that is read is read at once, since lines
+// of different rows may drive each other out. Rows are read on and on, and ahead: they come from memory.
+template <class T>
+void transpose_block(const T* from, int64_t rows, int64_t step, int64_t columns, int64_t to_step, T* to) {
+  constexpr int64_t kSide = sizeof(typename Square<T>::Row) / sizeof(T), kLine = 64 / sizeof(T), kTileColumns = 4 * kLine;
+  const int64_t whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
+  for (int64_t r = 0; r < whole_rows; r += kLine) {
+    for (int64_t c = 0; c < whole_columns; c += kTileColumns) {
+      for (int64_t j = r; j < std::min(whole_rows, r + kLine); j += kSide) {
+        for (int64_t i = c; i < std::min(whole_columns, c + kTileColumns); i += kSide) {
+          const T* square = from + j * step + i;
+          if (i % kLine == 0) {
+            for (int k = 0; k < kSide; ++k) __builtin_prefetch(square + k * step + kTileColumns);
+          }
+          transpose_square(square, step, to + i * to_step + j, to_step);
+        }
+      }
+    }
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r) to[c * to_step + r] = from[r * step + c];
+  }
+}
+
+// ---- left times right ------------------------------------------------------------------------------------------------
+
+// How much of a product is made at once: of `depth` rows of the right factor a panel of `width` columns, which stays in the
+// cache, times `height` rows of the left one after the other.
+struct Blocks {
+  int64_t height, width, depth;
+};
+
+// Tasks in both directions.
+struct Grid {
+  int64_t rows, columns;  // of one task
+};
+
+int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Panel {
+  const float* data;
+  int64_t step;
+};
+
+// The right factor, in any strides.
+struct Right {
+  const float* data;
+  int64_t columns, row_step, column_step;
+
+  // Rows `first_row` and up of some columns, which lie side by side: where they are, or packed into `room`.
+  Panel panel(int64_t first_row, int64_t depth, int64_t first_column, int64_t width, std::vector<float>& room) const {
+    const float* from = data + first_row * row_step + first_column * column_step;
+    if (column_step == 1 && row_step >= columns && row_step % kPageFloats != 0) return {from, row_step};
+    room.resize(depth * width);
+    if (column_step == 1) {
+      for (int64_t r = 0; r < depth; ++r) std::copy_n(from + r * row_step, width, room.data() + r * width);
+    } else if (row_step == 1) {
+      transpose_block(from, width, column_step, depth, width, room.data());
+    } else {
+      for (int64_t r = 0; r < depth; ++r) {
+        for (int64_t c = 0; c < width; ++c) room[r * width + c] = from[r * row_step + c * column_step];
+      }
+    }
+    return {room.data(), width};
+  }
+};
+
+// Of a single row it may be anything.
+int64_t row_step(const Tensor& matrix) { return matrix.shape[0] == 1 ? matrix.shape[1] : matrix.strides[0]; }
+
+// out = left right + bias, of one task.
+void multiply_task(BlockProduct product, const Tensor& left, const Right& right, const float* bias, const Tensor& out,
+                   const Blocks& blocks, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
+  thread_local std::vector<float> room;
+  const auto* from = reinterpret_cast<const float*>(left.data);
+  auto* to = reinterpret_cast<float*>(out.data);
+  const int64_t inner = left.shape[1], from_step = row_step(left), to_step = row_step(out);
+  for (int64_t k = 0; k < inner; k += blocks.depth) {
+    const int64_t depth = std::min(blocks.depth, inner - k);
+    for (int64_t column = column_begin; column < column_end; column += blocks.width) {
+      const int64_t width = std::min(blocks.width, column_end - column);
+      const Panel panel = right.panel(k, depth, column, width, room);
+      for (int64_t row = row_begin; row < row_end; row += blocks.height) {
+        const int64_t height = std::min(blocks.height, row_end - row);
+        float* block = to + row * to_step + column;
+        product.multiply(height, width, depth, from_step, panel.step, to_step, k > 0, from + row * from_step + k, panel.data,
+                         block, false);
+        if (!bias || k + depth < inner) continue;
+        for (int64_t i = 0; i < height; ++i) {
+          for (int64_t j = 0; j < width; ++j) block[i * to_step + j] += bias[column + j];
+        }
+      }
+    }
+  }
+  product.release(false);
+}
+
+void multiply_blocks(BlockProduct product, const Tensor& left, const Right& right, const float* bias, const Tensor& out,
+                     const Blocks& blocks, Grid grid) {
+  const int64_t rows = out.shape[0], columns = out.shape[1];
+  const int64_t across = divided(columns, grid.columns);
+  parallel_for(divided(rows, grid.rows) * across, get_num_threads(), [&](int64_t task) {
+    const int64_t row = task / across * grid.rows, column = task % across * grid.columns;
+    multiply_task(product, left, right, bias, out, blocks, row, std::min(rows, row + grid.rows), column,
+                  std::min(columns, column + grid.columns));
+  });
+}
+
+constexpr int64_t kSerialProduct = int64_t{1} << 20;  // multiplications that are not worth a second thread
+
+int64_t threads_for(const Tensor& left, const Tensor& out) {
+  return out.shape[0] * out.shape[1] * left.shape[1] < kSerialProduct ? 1 : get_num_threads();
+}
+
+// The length of even parts, a multiple of `unit`.
+int64_t even_part(int64_t length, int64_t parts, int64_t unit) { return divided(divided(length, parts), unit) * unit; }
+
+}  // namespace
+
+// A task is a panel of classes, or a part of its tokens where there are few panels.
+void logits_product(BlockProduct product, const Tensor& hidden, const Tensor& weight, const float* bias, const Tensor& out) {
+  constexpr Blocks kBlocks{128, kPanel, 1024};
+  constexpr int64_t kTasksOfThread = 4, kLeastRows = 16;
+  const int64_t rows = out.shape[0], panels = divided(out.shape[1], kPanel), threads = threads_for(hidden, out);
+  if (rows * panels == 0) return;
+  const int64_t parts = threads == 1 ? 1 : divided(kTasksOfThread * threads, panels);
+  const Right right{reinterpret_cast<const float*>(weight.data), weight.shape[0], weight.strides[1], weight.strides[0]};
+  multiply_blocks(product, hidden, right, bias, out, kBlocks, {even_part(rows, parts, kLeastRows), kPanel});
+}
+
+// A task is some tokens with all features, which it adds up while it walks the classes; or some features, where tokens are few.
+void hidden_product(BlockProduct product, const Tensor& grad, const Tensor& weight, const Tensor& out) {
+  constexpr int64_t kHeight = 256, kWidth = 128, kDepth = 256, kLeastRows = 16;
+  const int64_t rows = out.shape[0], columns = out.shape[1], threads = threads_for(grad, out);
+  if (rows * columns == 0) return;
+  const int64_t blocks = std::max<int64_t>(1, (rows + kHeight / 2) / kHeight);
+  const int64_t down = blocks < threads ? blocks : (blocks + threads / 2) / threads * threads;
+  const Grid grid{even_part(rows, down, kLeastRows), even_part(columns, divided(threads, down), kPanel)};
+  const Right right{reinterpret_cast<const float*>(weight.data), weight.shape[1], weight.strides[0], weight.strides[1]};
+  multiply_blocks(product, grad, right, nullptr, out, {grid.rows, kWidth, kDepth}, grid);
+}
+
+// ---- left transposed -------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int64_t kStreamBytes = int64_t{1} << 25;
+constexpr int64_t kBlockClasses = 128;  // classes of one block
+constexpr int64_t kPieceTokens = 2048;  // tokens of one product: their factor of a block stays in L2
+
+// How many tokens lie side by side in a packed factor: a dot product of bfloat16 takes them in pairs.
+template <class T>
+constexpr int64_t kTogether = sizeof(T) == 2 ? 2 : 1;
+
+// Panels of features, each [tokens / kTogether][feature][kTogether].
+template <class T>
+std::vector<T> packed_panels(const Tensor& rows) {
+  constexpr int64_t kStep = kTogether<T>;
+  const int64_t tokens = rows.shape[0], features = rows.shape[1];
+  const int64_t groups = (tokens + kStep - 1) / kStep;
+  std::vector<T> out(groups * kStep * features);
+  for (int64_t first = 0; first < features; first += kPanel) {
+    const int64_t width = std::min(kPanel, features - first);
+    T* panel = out.data() + first * groups * kStep;
+    for (int64_t token = 0; token < tokens; ++token) {
+      const T* from = reinterpret_cast<const T*>(rows.data) + token * rows.strides[0] + first;
+      T* to = panel + token / kStep * width * kStep + token % kStep;
+      for (int64_t i = 0; i < width; ++i) to[kStep * i] = from[i];
+    }
+  }
+  return out;
+}
+
+template <class T>
+void product_of(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add, const Tensor& rounded) {
+  const int64_t tokens = grad.shape[0], classes = grad.shape[1], features = hidden.shape[1];
+  const int64_t whole = (tokens + kTogether<T> - 1) / kTogether<T> * kTogether<T>;
+  const std::vector<T> panels = packed_panels<T>(hidden);
+  const bool stream = rounded && classes * features * itemsize_of(rounded.dtype) >= kStreamBytes;
+  parallel_for((classes + kBlockClasses - 1) / kBlockClasses, get_num_threads(), [&](int64_t block) {
+    thread_local std::vector<T> factor;
+    thread_local std::vector<float> own;  // sums, where there is no total
+    const int64_t first = block * kBlockClasses;
+    const int64_t count = std::min(kBlockClasses, classes - first);
+    const bool one_piece = whole <= kPieceTokens;
+    if (!total) own.resize(kBlockClasses * (one_piece ? kPanel : features));
+    for (int64_t begin = 0; begin < whole; begin += kPieceTokens) {
+      const int64_t length = std::min(kPieceTokens, whole - begin);
+      const bool last = begin + length == whole;
+      const int64_t factor_step = length + 64 / sizeof(T);  // no multiple of a page
+      factor.assign(kBlockClasses * factor_step, T(0));
+      transpose_block(reinterpret_cast<const T*>(grad.data) + begin * grad.strides[0] + first, std::min(length, tokens - begin),
+                      grad.strides[0], count, factor_step, factor.data());
+      for (int64_t feature = 0; feature < features; feature += kPanel) {
+        const int64_t width = std::min(kPanel, features - feature);
+        float* const sums = total       ? total + first * features + feature
+                            : one_piece ? own.data()
+                                        : own.data() + feature * kBlockClasses;
+        const int64_t step = total ? features : width;
+        product.multiply(count, width, length, factor_step, width, step, add || begin > 0, factor.data(),
+                         panels.data() + feature * whole + begin * width, sums, kTogether<T> > 1);
+        if (!rounded || !last) continue;
+        const Tile to{rounded.data + (first * features + feature) * itemsize_of(rounded.dtype), rounded.dtype, features, 1};
+        kernels().f32.round(sums, step, count, static_cast<int>(width), to, stream);
+      }
+    }
+    product.release(kTogether<T> > 1);
+  });
+}
+
+}  // namespace
+
+void transposed_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add,
+                        const Tensor& rounded) {
+  if (grad.dtype == kBF16) {
+    product_of<uint16_t>(product, grad, hidden, total, add, rounded);
+  } else {
+    product_of<float>(product, grad, hidden, total, add, rounded);
+  }
+}
+
+}  // namespace fastloss
