@@ -237,8 +237,9 @@ class Run {
     const GradientRow& c = w.coefficients[r];
     const int64_t row = w.first_row + r;
     const size_t k = s_.targets ? s_.targets.k : 0;
-    std::vector<Kept<double>>& out = s_.sampled->rows[row];
-    if (k == 0 && c.rest != c.rest) out.push_back({0, c.rest});  // no target that would carry the NaN of this row
+    thread_local std::vector<Kept<double>> all;  // of the row, which then takes one allocation
+    all.clear();
+    if (k == 0 && c.rest != c.rest) all.push_back({0, c.rest});  // no target that would carry the NaN of this row
     const double* g = w.g.data() + r * k;
     const Sampling sampling{row_threshold(s_.sampled->threshold, c, k ? *g : 0.0, s_.pass.transform.inv_temperature),
                             random_key(s_.sampled->seed, s_.sampled->token[row])};
@@ -247,8 +248,9 @@ class Run {
     Kept<A> kept[kBlock];
     for (int64_t block = 0; block < blocks_; ++block) {
       const int count = kernels_.sample(s_.pass, logits, soft, block, c, id, g, w.scanned, sampling, kept, scratch());
-      for (int i = 0; i < count; ++i) out.push_back({kept[i].column, kept[i].value});
+      for (int i = 0; i < count; ++i) all.push_back({kept[i].column, kept[i].value});
     }
+    s_.sampled->rows[row] = all;
   }
 
   const Sweep& s_;

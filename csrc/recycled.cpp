@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <mutex>
@@ -14,15 +15,14 @@ namespace fastloss {
 namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kSlack = 2;  // a kept block serves requests down to its size over this
 
 struct Span {
   char* data;
   size_t capacity;
 };
 
-// Blocks in use and blocks kept never hold more together than the blocks in use once did and an eighth: so recycling makes no
-// peak much higher, and a small block does not push out the large one that is wanted next.
+// Blocks in use and memory kept never hold more together than the blocks in use once did: so recycling makes no peak higher.
+// A smaller block takes a part of what is kept, and parts side by side become one again.
 class Recycler {
  public:
   Span take(size_t bytes) {
@@ -30,19 +30,21 @@ class Recycler {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = kept_.end();
     for (auto it = kept_.begin(); it != kept_.end(); ++it) {
-      const bool fits = it->capacity >= wanted && it->capacity / kSlack <= wanted;
-      if (fits && (best == kept_.end() || it->capacity < best->capacity)) best = it;
+      if (it->capacity >= wanted && (best == kept_.end() || it->capacity < best->capacity)) best = it;
     }
-    Span span;
+    Span span{nullptr, wanted};
     if (best != kept_.end()) {
-      span = *best;
-      kept_.erase(best);
-      kept_bytes_ -= span.capacity;
+      span.data = best->data;
+      best->data += wanted;
+      best->capacity -= wanted;
+      kept_bytes_ -= wanted;
+      if (best->capacity == 0) kept_.erase(best);
+      renew_what_was_taken(span);
     } else {
-      evict_until(limit() > in_use_ + wanted ? limit() - in_use_ - wanted : 0);
-      span = {map(wanted), wanted};
+      evict_until(peak_ > in_use_ + wanted ? peak_ - in_use_ - wanted : 0);
+      span.data = map(wanted);
     }
-    in_use_ += span.capacity;
+    in_use_ += wanted;
     peak_ = std::max(peak_, in_use_);
     return span;
   }
@@ -52,9 +54,7 @@ class Recycler {
     in_use_ -= span.capacity;
 #if defined(MADV_FREE)
     if (madvise(span.data, span.capacity, MADV_FREE) == 0) {
-      kept_.push_back(span);
-      kept_bytes_ += span.capacity;
-      evict_until(limit() - in_use_);
+      keep(span);
       return;
     }
 #endif
@@ -73,7 +73,45 @@ class Recycler {
   void unlock() { mutex_.unlock(); }
 
  private:
-  size_t limit() const { return peak_ + peak_ / 8; }
+  void keep(Span span) {
+    kept_bytes_ += span.capacity;
+    const auto joins = [&span](const Span& other) {
+      const bool before = other.data + other.capacity == span.data, behind = span.data + span.capacity == other.data;
+      if (before) span.data = other.data;
+      if (before || behind) span.capacity += other.capacity;
+      return before || behind;
+    };
+    kept_.erase(std::remove_if(kept_.begin(), kept_.end(), joins), kept_.end());
+    kept_.push_back(span);
+  }
+
+  // Where the system took pages back, what comes in their place, and what is left around them, are small pages: a new mapping
+  // gets huge ones again.
+  static void renew_what_was_taken(Span span) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    std::vector<unsigned char> resident(kHugePage / page);
+    const auto was_taken = [&](char* data) {
+      if (mincore(data, kHugePage, resident.data()) != 0) return false;
+      return std::any_of(resident.begin(), resident.end(), [](unsigned char r) { return (r & 1) == 0; });
+    };
+    char* const end = span.data + span.capacity;
+    for (char* data = span.data; data < end; data += kHugePage) {
+      if (!was_taken(data)) continue;
+      char* const begin = data;
+      while (data + kHugePage < end && was_taken(data + kHugePage)) data += kHugePage;
+      const size_t bytes = data + kHugePage - begin;
+      if (mmap(begin, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED) {
+        throw std::bad_alloc();
+      }
+      want_huge_pages(begin, bytes);
+    }
+  }
+
+  static void want_huge_pages(char* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    (void)madvise(data, bytes, MADV_HUGEPAGE);  // advice only: where the system has no huge pages, small ones serve
+#endif
+  }
 
   static char* map(size_t bytes) {
     void* room = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -82,13 +120,11 @@ class Recycler {
     char* data = begin + (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
     if (data > begin) munmap(begin, data - begin);
     munmap(data + bytes, begin + kHugePage - data);
-#if defined(MADV_HUGEPAGE)
-    (void)madvise(data, bytes, MADV_HUGEPAGE);  // advice only: where the system has no huge pages, small ones serve
-#endif
+    want_huge_pages(data, bytes);
     return data;
   }
 
-  // The block that was freed first goes first.
+  // What was freed first goes first.
   void evict_until(size_t bytes) {
     auto it = kept_.begin();
     for (; kept_bytes_ > bytes; ++it) {

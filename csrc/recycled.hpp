@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory for large results. Fresh pages cost more than a gradient does: the kernel clears each of them at its first touch.
 // So a freed block stays mapped, marked so that the system may take its pages whenever it needs them (MADV_FREE), and the
-// next block of its size writes to pages that are there already: a training loop faults in its gradient once.
+// next blocks write to pages that are there already: a training loop faults in its gradient once.
 #pragma once
 
 #include <stddef.h>

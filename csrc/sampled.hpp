@@ -45,26 +45,31 @@ FASTLOSS_HD inline T kept_value(T value, T t) {
   return magnitude < t ? (value < 0 ? -t : t) : value;
 }
 
-// Keeps entries of g[0 ... n), the columns `first` and up of a row; returns how many. `target`, a column of this row or -1, is
-// kept as it is. What is kept stands in ascending order of columns in `out`, which has room for n.
-template <class V>
-inline int keep_at_random(const typename V::T* g, int64_t first, int n, int64_t target, double threshold, RandomKey key,
+// Keeps entries of at(0) ... at(n - 1), where `at` makes a register from a place on: the columns `first` and up of a row.
+// Returns how many. `target`, a column of this row or -1, is kept with a value of its own. What is kept stands in ascending
+// order of columns in `out`, which has room for n. Few are kept: a look at kLanes columns mostly ends with their mask.
+template <class V, class At>
+inline int keep_at_random(At at, int64_t first, int n, int64_t target, typename V::T of_target, double threshold, RandomKey key,
                           Kept<typename V::T>* out) {
   using T = typename V::T;
   const auto t = V::set(static_cast<T>(threshold));
   int count = 0;
-  for (int i = 0; i < n; i += V::kWidth) {
+  for (int i = 0; i < n; i += kLanes) {
     const int64_t column = first + i;
-    const auto magnitude = V::abs(V::load(g + i));
-    uint32_t mask = kept_mask<V>(magnitude, static_cast<uint32_t>(column), t, key);
-    if (n - i < V::kWidth) mask &= (1u << (n - i)) - 1;
-    const bool with_target = target >= column && target < column + V::kWidth && target - first < n;
-    if (with_target) mask |= 1u << (target - column);
+    uint64_t mask = 0;
+#pragma GCC unroll 64
+    for (int k = 0; k < kLanes; k += V::kWidth) {
+      mask |= static_cast<uint64_t>(kept_mask<V>(V::abs(at(i + k)), static_cast<uint32_t>(column + k), t, key)) << k;
+    }
+    if (n - i < kLanes) mask &= (uint64_t{1} << (n - i)) - 1;
+    if (target >= column && target < column + kLanes && target - first < n) mask |= uint64_t{1} << (target - column);
+    if (mask == 0) continue;
+    T value[kLanes];
+    for (int k = 0; k < kLanes; k += V::kWidth) V::store(value + k, at(i + k));
     for (; mask != 0; mask &= mask - 1) {
-      const int bit = __builtin_ctz(mask);
-      const T value = g[i + bit];
+      const int bit = __builtin_ctzll(mask);
       out[count++] = {static_cast<int32_t>(column + bit),
-                      column + bit == target ? value : kept_value(value, static_cast<T>(threshold))};
+                      column + bit == target ? of_target : kept_value(value[bit], static_cast<T>(threshold))};
     }
   }
   return count;

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of large gradients: recycled once freed, never while in use, hardly more than was in use at one time."""
+"""Memory of large gradients: recycled once freed, never while in use, never more than was in use at one time."""
 
+import ctypes
 import gc
+import itertools
 import multiprocessing
 
 import numpy as np
@@ -63,29 +65,58 @@ def test_results_are_the_same_in_recycled_memory(rng):
         assert_same_bits(fastloss.cross_entropy(logits, target, return_grad=True)[1], first)
 
 
-def test_kept_and_used_hardly_exceed_what_was_in_use_at_once():
+def test_kept_and_used_never_exceed_what_was_in_use_at_once():
     blocks = [_cpu.RecycledBlock(2 * HUGE_PAGE) for _ in range(3)]
+    between = blocks.pop(1)
     del blocks
-    larger = _cpu.RecycledBlock(5 * HUGE_PAGE)  # none of the three serves: 6 pages were in use at once: of 6.75, 1.75 may stay
+    larger = _cpu.RecycledBlock(3 * HUGE_PAGE)  # neither serves, and of the 6 pages that were in use at once 5 are again
     assert fastloss.release_memory() == 0
-    del larger
+    del larger, between
     assert fastloss.release_memory() == 5 * HUGE_PAGE
 
 
-def test_a_much_smaller_request_does_not_hold_a_large_block():
+def test_small_blocks_live_in_a_large_one_that_was_freed_which_is_whole_again_after_them():
     large = _cpu.RecycledBlock(8 * HUGE_PAGE)
+    place = address(np.asarray(large))
     del large
-    small = _cpu.RecycledBlock(2 * HUGE_PAGE)
-    del small
-    assert fastloss.release_memory() == 2 * HUGE_PAGE
+    for order in itertools.permutations(range(3)):
+        small = {i: _cpu.RecycledBlock((i + 1) * HUGE_PAGE) for i in range(3)}
+        places = sorted((address(np.asarray(block)), (i + 1) * HUGE_PAGE) for i, block in small.items())
+        assert places[0][0] == place
+        assert all(start + size <= behind for (start, size), (behind, _) in itertools.pairwise(places))
+        assert places[-1][0] + places[-1][1] <= place + 8 * HUGE_PAGE
+        for i in order:
+            del small[i]
+        large = _cpu.RecycledBlock(8 * HUGE_PAGE)
+        assert address(np.asarray(large)) == place
+        del large
+    assert fastloss.release_memory() == 8 * HUGE_PAGE
 
 
-def test_an_eighth_more_does_not_push_out_a_large_block():
-    large = _cpu.RecycledBlock(8 * HUGE_PAGE)
+def test_a_block_in_use_parts_what_is_kept():
+    large = _cpu.RecycledBlock(6 * HUGE_PAGE)
+    place = address(np.asarray(large))
     del large
-    small = _cpu.RecycledBlock(HUGE_PAGE)
-    del small
-    assert fastloss.release_memory() == 9 * HUGE_PAGE
+    first, second, third = (_cpu.RecycledBlock(2 * HUGE_PAGE) for _ in range(3))
+    del first, third
+    assert address(np.asarray(_cpu.RecycledBlock(4 * HUGE_PAGE))) != place
+    del second
+
+
+def test_memory_that_the_system_took_back_is_new_and_the_rest_stays():
+    block = _cpu.RecycledBlock(6 * HUGE_PAGE)
+    memory = np.asarray(block)
+    memory[:] = 7
+    place = address(memory)
+    del block, memory
+    dontneed = 4  # the pages go at once, as the system takes kept ones when it runs short
+    taken = slice(2 * HUGE_PAGE + 4096, 3 * HUGE_PAGE + 8192)
+    assert ctypes.CDLL(None).madvise(ctypes.c_void_p(place + taken.start), taken.stop - taken.start, dontneed) == 0
+    memory = np.asarray(_cpu.RecycledBlock(5 * HUGE_PAGE))
+    assert address(memory) == place
+    assert set(memory[2 * HUGE_PAGE : 4 * HUGE_PAGE]) == {0}  # whole huge pages are new
+    assert set(memory[: 2 * HUGE_PAGE]) == set(memory[4 * HUGE_PAGE :]) == {7}
+    memory[:] = 1
 
 
 def test_release_returns_what_was_kept_and_leaves_gradients_alone(rng):

@@ -210,14 +210,30 @@ int sample(const Pass& pass, const Tile& logits, const Tile& soft, int64_t block
   using A = typename V::T;
   const int64_t first = block * kBlock;
   const int n = block_length(pass.classes, block);
+  const int64_t target = ids.k ? *ids.id : -1;
+  double corrected = 0.0;
+  const auto keep = [&](auto at, A of_target) {
+    return keep_at_random<V>(at, first, n, target, of_target, sampling.threshold, sampling.key, static_cast<Kept<A>*>(kept));
+  };
+  if (scanned.powers && is_plain<A>(pass, soft, coefficients)) {  // which `gradient` would do likewise, by way of a buffer
+    using O = Along<V>;
+    GradientTerms<O> terms{};
+    set_terms<O>(pass, soft, &coefficients, 1, block, terms);
+    const GradientFormula<O, true> formula{terms};
+    const A* powers = powers_of<O>(pass, scanned, 1, block);
+    if (target >= first && target < first + n) {
+      TargetGradients<typename V::Wide> of_target;
+      of_target.add(coefficients, *scanned.target_z, 1.0, pass.transform.inv_temperature, *g, &corrected);
+      of_target.flush();
+    }
+    return keep([&](int i) { return formula.of_power(V::load(powers + i)); }, static_cast<A>(corrected));
+  }
   A* row = static_cast<A*>(scratch.gradient);
   Tile grad;  // whose element `first` is the start of the buffer
   grad.data = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(row) - static_cast<uintptr_t>(first) * sizeof(A));
   grad.dtype = sizeof(A) == 8 ? kF64 : kF32;
-  double corrected;
   gradient<V>(pass, logits, soft, 1, block, block + 1, &coefficients, ids, g, &corrected, scanned, grad, scratch);
-  for (int j = n; j < Along<V>::padded(n); ++j) row[j] = A(0);
-  return keep_at_random<V>(row, first, n, ids.k ? *ids.id : -1, sampling.threshold, sampling.key, static_cast<Kept<A>*>(kept));
+  return keep([&](int i) { return V::load(row + i); }, static_cast<A>(corrected));
 }
 
 template <class V>

@@ -48,9 +48,9 @@ struct Avx2F32 {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
   }
   static Reg uniform(uint32_t column, RandomKey key) {
-    const __m256i columns =
-        _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(column)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    __m256i x = _mm256_mullo_epi32(columns, _mm256_set1_epi32(static_cast<int>(0x9e3779b1u)));
+    const __m256i steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                             _mm256_set1_epi32(static_cast<int>(kColumnFactor)));  // a constant
+    __m256i x = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(column * kColumnFactor)), steps);
     x = _mm256_xor_si256(x, _mm256_set1_epi32(static_cast<int>(key.first)));
     x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), _mm256_set1_epi32(0x7feb352d));
     x = _mm256_xor_si256(_mm256_xor_si256(x, _mm256_srli_epi32(x, 15)), _mm256_set1_epi32(static_cast<int>(key.second)));

@@ -47,8 +47,8 @@ struct Avx512F32 {
   static uint32_t mask_greater(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static Reg uniform(uint32_t column, RandomKey key) {
     const __m512i from = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i columns = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(column)), from);
-    __m512i x = _mm512_mullo_epi32(columns, _mm512_set1_epi32(static_cast<int>(0x9e3779b1u)));
+    const __m512i steps = _mm512_mullo_epi32(from, _mm512_set1_epi32(static_cast<int>(kColumnFactor)));  // a constant
+    __m512i x = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(column * kColumnFactor)), steps);
     x = _mm512_xor_si512(x, _mm512_set1_epi32(static_cast<int>(key.first)));
     x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32(0x7feb352d));
     x = _mm512_xor_si512(_mm512_xor_si512(x, _mm512_srli_epi32(x, 15)), _mm512_set1_epi32(static_cast<int>(key.second)));

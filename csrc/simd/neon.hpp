@@ -54,8 +54,8 @@ struct NeonF32 {
     return vaddvq_u32(vandq_u32(vcgtq_f32(a, b), vld1q_u32(bit)));
   }
   static Reg uniform(uint32_t column, RandomKey key) {
-    const uint32_t from[4] = {0, 1, 2, 3};
-    uint32x4_t x = vmulq_n_u32(vaddq_u32(vdupq_n_u32(column), vld1q_u32(from)), 0x9e3779b1u);
+    const uint32_t steps[4] = {0, kColumnFactor, 2 * kColumnFactor, 3 * kColumnFactor};
+    uint32x4_t x = vaddq_u32(vdupq_n_u32(column * kColumnFactor), vld1q_u32(steps));
     x = veorq_u32(x, vdupq_n_u32(key.first));
     x = vmulq_n_u32(veorq_u32(x, vshrq_n_u32(x, 16)), 0x7feb352du);
     x = veorq_u32(veorq_u32(x, vshrq_n_u32(x, 15)), vdupq_n_u32(key.second));

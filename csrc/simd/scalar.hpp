@@ -90,9 +90,11 @@ FASTLOSS_HD inline F16 narrow<F16>(double x) {
 constexpr uint32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                   0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 
+constexpr uint32_t kColumnFactor = 0x9e3779b1u;
+
 // 31 random bits for a column: a hash with two rounds of multiplication, the row's second word between them.
 FASTLOSS_HD inline int32_t random_bits(uint32_t column, RandomKey key) {
-  uint32_t x = (column * 0x9e3779b1u) ^ key.first;
+  uint32_t x = (column * kColumnFactor) ^ key.first;
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = x ^ (x >> 15) ^ key.second;
   x *= 0x846ca68bu;

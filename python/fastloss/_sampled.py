@@ -25,9 +25,10 @@ class SparseGradient(NamedTuple):
         return len(self.start) - 1
 
     def scaled(self, factors: Array) -> SparseGradient:
-        """Each row times a factor of its own."""
-        values = self.values * np.repeat(factors, np.diff(self.start))
-        return self._replace(values=values.astype(self.values.dtype))
+        """Each row times a factor of its own, or all times one, in float64."""
+        of_entries = factors if factors.ndim == 0 else np.repeat(factors, np.diff(self.start))
+        values = np.multiply(self.values, of_entries, np.empty_like(self.values), dtype=np.float64, casting="same_kind")
+        return self._replace(values=values)
 
     def transposed(self, rows: int) -> SparseGradient:
         """A row for each column; its entries stay in the order of the tokens."""

@@ -148,7 +148,7 @@ def linear_cross_entropy(
     if not return_grad:
         return loss
     if sampler:
-        entries = sampler.entries(factors.tokens).scaled(np.full(factors.tokens, 1.0 / divisor if divisor else 0.0))
+        entries = sampler.entries(factors.tokens).scaled(np.array(1.0 / divisor if divisor else 0.0))
         return loss, _sampled_gradients(entries, factors)
     return loss, projection.gradients()
 

@@ -83,10 +83,10 @@ def build_info() -> dict[str, str]:
 def release_memory() -> int:
     """Gives the memory that is kept for future gradients back to the system.
 
-    A gradient of 4 MiB or more lives in memory of its own, which stays mapped after it was freed, for the next gradient of
-    its size: the system clears a page at its first touch, which takes longer than computing what goes there. The system may
-    take kept pages whenever it runs short of memory, and kept memory and gradients in use never hold more together than the
-    gradients in use once did and an eighth. Until the system takes them, kept pages count as resident.
+    A gradient of 4 MiB or more lives in memory of its own, which stays mapped after it was freed, for the next gradients: the
+    system clears a page at its first touch, which takes longer than computing what goes there. The system may take kept pages
+    whenever it runs short of memory, and kept memory and gradients in use never hold more together than the gradients in use
+    once did. Until the system takes them, kept pages count as resident.
 
     Returns:
         The number of bytes given back. Gradients in use are left alone.

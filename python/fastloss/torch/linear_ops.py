@@ -288,7 +288,7 @@ def _scaled(kept: Entries, upstream: Tensor, scale: float | Tensor) -> SparseGra
     count = int(start[-1])  # after them vmap may have put zeros
     entries = SparseGradient(start.numpy(), columns[:count].numpy(), values[:count].numpy())
     upstream = ops.upstream_of(upstream).to(torch.float64)
-    return entries.scaled((upstream * scale).expand(entries.rows).numpy())
+    return entries.scaled((upstream * scale).numpy())
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------

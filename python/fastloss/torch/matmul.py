@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix products of linear cross-entropy: the fastest ones that PyTorch offers here, found by measurement.
 
-In float32 PyTorch has two libraries, a BLAS (MKL on x86) behind `torch.mm` and oneDNN behind an operator of its compiler;
-which of them is faster depends on the maker of the CPU and on the product. So each product is measured once in a process, at
-its first use with weights of some size: always on the same number of tokens, and oneDNN must be clearly faster, so that the
-choice, and with it the last bits, depends neither on the tokens of a call nor on noise. The environment variable
-FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead.
+In float32 PyTorch has two libraries, a BLAS (MKL on x86) behind `torch.mm` and oneDNN: with AVX-512 its product of small
+blocks, which `csrc/products.cpp` puts together, else an operator of PyTorch's compiler. Which of them is faster depends on the
+maker of the CPU and on the product. So each product is measured once in a process, at its first use with weights of some size:
+always on the same number of tokens, and oneDNN must be clearly faster, so that the choice, and with it the last bits, depends
+neither on the tokens of a call nor on noise. With smaller weights oneDNN's blocks are taken where they are to be had. The
+environment variable FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _blas_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None
         torch.mm(grad.t(), hidden, out=total)
 
 
-# ---- oneDNN, where it has no product of small blocks: its operator allocates what it returns, in the cache by blocks of classes --
+# ---- oneDNN without small blocks: its operator allocates what it returns, and blocks of classes keep that in the cache ---
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -102,7 +103,7 @@ def _onednn_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     out.copy_(_linear(grad, weight.t()))
 
 
-# ---- oneDNN's product of small blocks: results go where they belong, sums stay there in float32 -------------------------
+# ---- oneDNN's product of small blocks: results go where they belong, sums stay there in float32 --------------------------
 
 
 def _blocks_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
