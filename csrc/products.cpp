@@ -126,6 +126,15 @@ struct Right {
     }
     return {room.data(), width};
   }
+
+  // Fetches one of many parts of a panel that is to be transposed, while arithmetic leaves the memory idle.
+  void fetch(int64_t first_row, int64_t depth, int64_t first_column, int64_t width, int64_t part, int64_t parts) const {
+    if (row_step != 1) return;
+    const int64_t end = std::min(columns, first_column + width * (part + 1) / parts);
+    for (int64_t c = first_column + width * part / parts; c < end; ++c) {
+      for (int64_t r = 0; r < depth; r += 16) __builtin_prefetch(data + first_row + r + c * column_step, 0, 2);
+    }
+  }
 };
 
 // Of a single row it may be anything.
@@ -145,6 +154,8 @@ void multiply_task(BlockProduct product, const Tensor& left, const Right& right,
       const Panel panel = right.panel(k, depth, column, width, room);
       for (int64_t row = row_begin; row < row_end; row += blocks.height) {
         const int64_t height = std::min(blocks.height, row_end - row);
+        right.fetch(k, depth, column + width, width, (row - row_begin) / blocks.height,
+                    divided(row_end - row_begin, blocks.height));
         float* block = to + row * to_step + column;
         product.multiply(height, width, depth, from_step, panel.step, to_step, k > 0, from + row * from_step + k, panel.data,
                          block, false);
@@ -180,15 +191,17 @@ int64_t even_part(int64_t length, int64_t parts, int64_t unit) { return divided(
 
 }  // namespace
 
-// A task is a panel of classes, or a part of its tokens where there are few panels.
+// A task is a few panels of classes one after the other, so that it can fetch the next; or a part of the tokens of a panel,
+// where there are few panels.
 void logits_product(BlockProduct product, const Tensor& hidden, const Tensor& weight, const float* bias, const Tensor& out) {
   constexpr Blocks kBlocks{128, kPanel, 1024};
-  constexpr int64_t kTasksOfThread = 4, kLeastRows = 16;
+  constexpr int64_t kTasksOfThread = 8, kMostPanels = 8, kLeastRows = 16;
   const int64_t rows = out.shape[0], panels = divided(out.shape[1], kPanel), threads = threads_for(hidden, out);
   if (rows * panels == 0) return;
   const int64_t parts = threads == 1 ? 1 : divided(kTasksOfThread * threads, panels);
+  const int64_t of_task = std::clamp<int64_t>(panels / (kTasksOfThread * threads), 1, kMostPanels);
   const Right right{reinterpret_cast<const float*>(weight.data), weight.shape[0], weight.strides[1], weight.strides[0]};
-  multiply_blocks(product, hidden, right, bias, out, kBlocks, {even_part(rows, parts, kLeastRows), kPanel});
+  multiply_blocks(product, hidden, right, bias, out, kBlocks, {even_part(rows, parts, kLeastRows), of_task * kPanel});
 }
 
 // A task is some tokens with all features, which it adds up while it walks the classes; or some features, where tokens are few.

@@ -33,10 +33,11 @@ FASTLOSS_HD inline double row_threshold(double threshold, const GradientRow& c, 
   return threshold * (a < spread ? (a + spread) / 2 : a) * inv_temperature;
 }
 
-// Bit i: whether an entry of this magnitude in `column` + i is kept.
+// Bit i: whether an entry of this magnitude in `column` + i is kept, with u = (random bits + 1/2) / 2^31.
 template <class V>
 FASTLOSS_HD inline uint32_t kept_mask(typename V::Reg magnitude, uint32_t column, typename V::Reg t, RandomKey key) {
-  return V::mask_greater(magnitude, V::mul(V::uniform(column, key), t));
+  const auto step = V::mul(t, V::set(0x1p-31)), half = V::mul(t, V::set(0x1p-32));
+  return V::mask_greater(magnitude, V::fma(V::random(column, key), step, half));
 }
 
 template <class T>

@@ -226,7 +226,16 @@ int sample(const Pass& pass, const Tile& logits, const Tile& soft, int64_t block
       of_target.add(coefficients, *scanned.target_z, 1.0, pass.transform.inv_temperature, *g, &corrected);
       of_target.flush();
     }
-    return keep([&](int i) { return formula.of_power(V::load(powers + i)); }, static_cast<A>(corrected));
+    // Meanwhile the memory is idle: the logits of the next row come into L2.
+    const char* next = with_storage(logits.dtype, [&](auto tag) {
+      return reinterpret_cast<char*>(element<typename decltype(tag)::Type>(logits, 1, first));
+    });
+    const int itemsize = with_storage(logits.dtype, [](auto tag) { return int(sizeof(typename decltype(tag)::Type)); });
+    const auto at = [&](int i) {
+      __builtin_prefetch(next + i * itemsize, 0, 2);
+      return formula.of_power(V::load(powers + i));
+    };
+    return keep(at, static_cast<A>(corrected));
   }
   A* row = static_cast<A*>(scratch.gradient);
   Tile grad;  // whose element `first` is the start of the buffer

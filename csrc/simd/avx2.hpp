@@ -47,7 +47,7 @@ struct Avx2F32 {
   static uint32_t mask_greater(Reg a, Reg b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
   }
-  static Reg uniform(uint32_t column, RandomKey key) {
+  static Reg random(uint32_t column, RandomKey key) {
     const __m256i steps = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
                                              _mm256_set1_epi32(static_cast<int>(kColumnFactor)));  // a constant
     __m256i x = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(column * kColumnFactor)), steps);
@@ -55,8 +55,7 @@ struct Avx2F32 {
     x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), _mm256_set1_epi32(0x7feb352d));
     x = _mm256_xor_si256(_mm256_xor_si256(x, _mm256_srli_epi32(x, 15)), _mm256_set1_epi32(static_cast<int>(key.second)));
     x = _mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(0x846ca68bu)));
-    x = _mm256_srli_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), 1);
-    return fma(_mm256_cvtepi32_ps(x), set(0x1p-31f), set(0x1p-32f));
+    return _mm256_cvtepi32_ps(_mm256_srli_epi32(x, 1));
   }
   static Reg zero_where_zero(Reg x, Reg w) { return _mm256_and_ps(x, _mm256_cmp_ps(w, _mm256_setzero_ps(), _CMP_NEQ_UQ)); }
   template <int kBy>
@@ -113,10 +112,10 @@ struct Avx2F64 {
   static uint32_t mask_greater(Reg a, Reg b) {
     return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)));
   }
-  static Reg uniform(uint32_t column, RandomKey key) {
+  static Reg random(uint32_t column, RandomKey key) {
     const __m128i bits = _mm_setr_epi32(random_bits(column, key), random_bits(column + 1, key), random_bits(column + 2, key),
                                         random_bits(column + 3, key));
-    return fma(_mm256_cvtepi32_pd(bits), set(0x1p-31), set(0x1p-32));
+    return _mm256_cvtepi32_pd(bits);
   }
   static Reg zero_where_zero(Reg x, Reg w) { return _mm256_and_pd(x, _mm256_cmp_pd(w, _mm256_setzero_pd(), _CMP_NEQ_UQ)); }
   template <int kBy>

@@ -45,7 +45,7 @@ struct Avx512F32 {
   }
   static int count_greater(Reg a, Reg b) { return __builtin_popcount(mask_greater(a, b)); }
   static uint32_t mask_greater(Reg a, Reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-  static Reg uniform(uint32_t column, RandomKey key) {
+  static Reg random(uint32_t column, RandomKey key) {
     const __m512i from = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i steps = _mm512_mullo_epi32(from, _mm512_set1_epi32(static_cast<int>(kColumnFactor)));  // a constant
     __m512i x = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(column * kColumnFactor)), steps);
@@ -53,8 +53,7 @@ struct Avx512F32 {
     x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32(0x7feb352d));
     x = _mm512_xor_si512(_mm512_xor_si512(x, _mm512_srli_epi32(x, 15)), _mm512_set1_epi32(static_cast<int>(key.second)));
     x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(0x846ca68bu)));
-    x = _mm512_srli_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), 1);
-    return fma(_mm512_cvtepi32_ps(x), set(0x1p-31f), set(0x1p-32f));
+    return _mm512_cvtepi32_ps(_mm512_srli_epi32(x, 1));
   }
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ), x);
@@ -108,10 +107,10 @@ struct Avx512F64 {
   }
   static int count_greater(Reg a, Reg b) { return __builtin_popcount(mask_greater(a, b)); }
   static uint32_t mask_greater(Reg a, Reg b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
-  static Reg uniform(uint32_t column, RandomKey key) {
+  static Reg random(uint32_t column, RandomKey key) {
     alignas(32) int32_t bits[kWidth];
     for (uint32_t i = 0; i < kWidth; ++i) bits[i] = random_bits(column + i, key);
-    return fma(_mm512_cvtepi32_pd(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits))), set(0x1p-31), set(0x1p-32));
+    return _mm512_cvtepi32_pd(_mm256_load_si256(reinterpret_cast<const __m256i*>(bits)));
   }
   static Reg zero_where_zero(Reg x, Reg w) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(w, _mm512_setzero_pd(), _CMP_NEQ_UQ), x);

@@ -53,15 +53,14 @@ struct NeonF32 {
     const uint32_t bit[4] = {1, 2, 4, 8};
     return vaddvq_u32(vandq_u32(vcgtq_f32(a, b), vld1q_u32(bit)));
   }
-  static Reg uniform(uint32_t column, RandomKey key) {
+  static Reg random(uint32_t column, RandomKey key) {
     const uint32_t steps[4] = {0, kColumnFactor, 2 * kColumnFactor, 3 * kColumnFactor};
     uint32x4_t x = vaddq_u32(vdupq_n_u32(column * kColumnFactor), vld1q_u32(steps));
     x = veorq_u32(x, vdupq_n_u32(key.first));
     x = vmulq_n_u32(veorq_u32(x, vshrq_n_u32(x, 16)), 0x7feb352du);
     x = veorq_u32(veorq_u32(x, vshrq_n_u32(x, 15)), vdupq_n_u32(key.second));
     x = vmulq_n_u32(x, 0x846ca68bu);
-    x = vshrq_n_u32(veorq_u32(x, vshrq_n_u32(x, 16)), 1);
-    return fma(vcvtq_f32_s32(vreinterpretq_s32_u32(x)), set(0x1p-31f), set(0x1p-32f));
+    return vcvtq_f32_u32(vshrq_n_u32(x, 1));
   }
   static Reg zero_where_zero(Reg x, Reg w) { return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vceqzq_f32(w))); }
   template <int kBy>
@@ -103,9 +102,9 @@ struct NeonF64 {
     const uint64x2_t greater = vcgtq_f64(a, b);
     return static_cast<uint32_t>((vgetq_lane_u64(greater, 0) & 1) | (vgetq_lane_u64(greater, 1) & 2));
   }
-  static Reg uniform(uint32_t column, RandomKey key) {
+  static Reg random(uint32_t column, RandomKey key) {
     const double bits[2] = {double(random_bits(column, key)), double(random_bits(column + 1, key))};
-    return fma(vld1q_f64(bits), set(0x1p-31), set(0x1p-32));
+    return vld1q_f64(bits);
   }
   static Reg zero_where_zero(Reg x, Reg w) { return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(x), vceqzq_f64(w))); }
   template <int kBy>

@@ -92,13 +92,13 @@ constexpr uint32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7
 
 constexpr uint32_t kColumnFactor = 0x9e3779b1u;
 
-// 31 random bits for a column: a hash with two rounds of multiplication, the row's second word between them.
+// 31 random bits for a column: a hash with two rounds of multiplication, the row's second word between them. The high bits of
+// the last product decide, which depend on all bits before it.
 FASTLOSS_HD inline int32_t random_bits(uint32_t column, RandomKey key) {
   uint32_t x = (column * kColumnFactor) ^ key.first;
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = x ^ (x >> 15) ^ key.second;
-  x *= 0x846ca68bu;
-  return static_cast<int32_t>((x ^ (x >> 16)) >> 1);
+  return static_cast<int32_t>((x * 0x846ca68bu) >> 1);
 }
 
 constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcd;  // the bits of sqrt(1/2)
@@ -136,10 +136,8 @@ struct ScalarF32 {
   FASTLOSS_HD static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   FASTLOSS_HD static int count_greater(Reg a, Reg b) { return a > b; }
   FASTLOSS_HD static uint32_t mask_greater(Reg a, Reg b) { return a > b; }  // bit i: whether element i is greater
-  // Element i: uniform in (0, 1], made of the random bits of `column` + i.
-  FASTLOSS_HD static Reg uniform(uint32_t column, RandomKey key) {
-    return fma(static_cast<float>(random_bits(column, key)), 0x1p-31f, 0x1p-32f);
-  }
+  // Element i: the random bits of `column` + i, a number below 2^31.
+  FASTLOSS_HD static Reg random(uint32_t column, RandomKey key) { return static_cast<float>(random_bits(column, key)); }
   FASTLOSS_HD static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0f ? 0.0f : x; }
   // Element i of the result is element i + kBy; what lies behind the last is anything.
   template <int kBy>
@@ -173,7 +171,7 @@ struct ScalarF64 {
   FASTLOSS_HD static Reg select_greater(Reg a, Reg b, Reg yes, Reg no) { return a > b ? yes : no; }
   FASTLOSS_HD static int count_greater(Reg a, Reg b) { return a > b; }
   FASTLOSS_HD static uint32_t mask_greater(Reg a, Reg b) { return a > b; }
-  FASTLOSS_HD static Reg uniform(uint32_t column, RandomKey key) { return fma(random_bits(column, key), 0x1p-31, 0x1p-32); }
+  FASTLOSS_HD static Reg random(uint32_t column, RandomKey key) { return random_bits(column, key); }
   FASTLOSS_HD static Reg zero_where_zero(Reg x, Reg w) { return w == 0.0 ? 0.0 : x; }
   template <int kBy>
   FASTLOSS_HD static Reg shift_down(Reg a) {
