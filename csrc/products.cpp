@@ -13,6 +13,7 @@ namespace fastloss {
 namespace {
 
 constexpr int64_t kPanel = 64;         // columns of one product: what a block of registers holds
+constexpr int64_t kUnit = 16;          // tokens at once, mostly
 constexpr int64_t kPageFloats = 1024;  // rows so far apart, or a multiple of it, drive each other out of the cache
 
 // ---- transposed ------------------------------------------------------------------------------------------------------
@@ -140,6 +141,9 @@ struct Right {
 // Of a single row it may be anything.
 int64_t row_step(const Tensor& matrix) { return matrix.shape[0] == 1 ? matrix.shape[1] : matrix.strides[0]; }
 
+// The library makes code for each shape, and keeps it: so few heights, whatever the number of tokens.
+int64_t height_of_block(int64_t rows) { return rows > kUnit ? rows / kUnit * kUnit : rows; }
+
 // out = left right + bias, of one task.
 void multiply_task(BlockProduct product, const Tensor& left, const Right& right, const float* bias, const Tensor& out,
                    const Blocks& blocks, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
@@ -152,8 +156,8 @@ void multiply_task(BlockProduct product, const Tensor& left, const Right& right,
     for (int64_t column = column_begin; column < column_end; column += blocks.width) {
       const int64_t width = std::min(blocks.width, column_end - column);
       const Panel panel = right.panel(k, depth, column, width, room);
-      for (int64_t row = row_begin; row < row_end; row += blocks.height) {
-        const int64_t height = std::min(blocks.height, row_end - row);
+      for (int64_t row = row_begin, height; row < row_end; row += height) {
+        height = height_of_block(std::min(blocks.height, row_end - row));
         right.fetch(k, depth, column + width, width, (row - row_begin) / blocks.height,
                     divided(row_end - row_begin, blocks.height));
         float* block = to + row * to_step + column;
@@ -195,23 +199,23 @@ int64_t even_part(int64_t length, int64_t parts, int64_t unit) { return divided(
 // where there are few panels.
 void logits_product(BlockProduct product, const Tensor& hidden, const Tensor& weight, const float* bias, const Tensor& out) {
   constexpr Blocks kBlocks{128, kPanel, 1024};
-  constexpr int64_t kTasksOfThread = 8, kMostPanels = 8, kLeastRows = 16;
+  constexpr int64_t kTasksOfThread = 8, kMostPanels = 8;
   const int64_t rows = out.shape[0], panels = divided(out.shape[1], kPanel), threads = threads_for(hidden, out);
   if (rows * panels == 0) return;
   const int64_t parts = threads == 1 ? 1 : divided(kTasksOfThread * threads, panels);
   const int64_t of_task = std::clamp<int64_t>(panels / (kTasksOfThread * threads), 1, kMostPanels);
   const Right right{reinterpret_cast<const float*>(weight.data), weight.shape[0], weight.strides[1], weight.strides[0]};
-  multiply_blocks(product, hidden, right, bias, out, kBlocks, {even_part(rows, parts, kLeastRows), of_task * kPanel});
+  multiply_blocks(product, hidden, right, bias, out, kBlocks, {even_part(rows, parts, kUnit), of_task * kPanel});
 }
 
 // A task is some tokens with all features, which it adds up while it walks the classes; or some features, where tokens are few.
 void hidden_product(BlockProduct product, const Tensor& grad, const Tensor& weight, const Tensor& out) {
-  constexpr int64_t kHeight = 256, kWidth = 128, kDepth = 256, kLeastRows = 16;
+  constexpr int64_t kHeight = 256, kWidth = 128, kDepth = 256;
   const int64_t rows = out.shape[0], columns = out.shape[1], threads = threads_for(grad, out);
   if (rows * columns == 0) return;
   const int64_t blocks = std::max<int64_t>(1, (rows + kHeight / 2) / kHeight);
   const int64_t down = blocks < threads ? blocks : (blocks + threads / 2) / threads * threads;
-  const Grid grid{even_part(rows, down, kLeastRows), even_part(columns, divided(threads, down), kPanel)};
+  const Grid grid{even_part(rows, down, kUnit), even_part(columns, divided(threads, down), kPanel)};
   const Right right{reinterpret_cast<const float*>(weight.data), weight.shape[1], weight.strides[0], weight.strides[1]};
   multiply_blocks(product, grad, right, nullptr, out, {grid.rows, kWidth, kDepth}, grid);
 }
@@ -228,12 +232,12 @@ constexpr int64_t kPieceTokens = 2048;  // tokens of one product: their factor o
 template <class T>
 constexpr int64_t kTogether = sizeof(T) == 2 ? 2 : 1;
 
-// Panels of features, each [tokens / kTogether][feature][kTogether].
+// Panels of features, each [tokens / kTogether][feature][kTogether], with zeros behind the last token.
 template <class T>
 std::vector<T> packed_panels(const Tensor& rows) {
   constexpr int64_t kStep = kTogether<T>;
   const int64_t tokens = rows.shape[0], features = rows.shape[1];
-  const int64_t groups = (tokens + kStep - 1) / kStep;
+  const int64_t groups = divided(tokens, kUnit) * kUnit / kStep;
   std::vector<T> out(groups * kStep * features);
   for (int64_t first = 0; first < features; first += kPanel) {
     const int64_t width = std::min(kPanel, features - first);
@@ -250,10 +254,10 @@ std::vector<T> packed_panels(const Tensor& rows) {
 template <class T>
 void product_of(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add, const Tensor& rounded) {
   const int64_t tokens = grad.shape[0], classes = grad.shape[1], features = hidden.shape[1];
-  const int64_t whole = (tokens + kTogether<T> - 1) / kTogether<T> * kTogether<T>;
+  const int64_t whole = divided(tokens, kUnit) * kUnit;  // zeros follow the tokens
   const std::vector<T> panels = packed_panels<T>(hidden);
   const bool stream = rounded && classes * features * itemsize_of(rounded.dtype) >= kStreamBytes;
-  parallel_for((classes + kBlockClasses - 1) / kBlockClasses, get_num_threads(), [&](int64_t block) {
+  parallel_for(divided(classes, kBlockClasses), get_num_threads(), [&](int64_t block) {
     thread_local std::vector<T> factor;
     thread_local std::vector<float> own;  // sums, where there is no total
     const int64_t first = block * kBlockClasses;
