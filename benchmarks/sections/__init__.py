@@ -27,12 +27,13 @@ SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "statistics": statistics.measure,
     "segmentation": segmentation.measure,
     "small": small.measure,
-    "memory": memory.measure,
     "growth": growth.measure,
     "linear": linear.measure,
     "linear-ignored": linear_ignored.measure,
-    "linear-memory": linear_memory.measure,
     "linear-growth": linear_growth.measure,
     "linear-threshold": linear_threshold.measure,
     "linear-sparse": linear_sparse.measure,
+    # Last: a machine that has lost and regained many GB is not at rest for a while.
+    "memory": memory.measure,
+    "linear-memory": linear_memory.measure,
 }
