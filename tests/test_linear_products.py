@@ -173,7 +173,8 @@ def test_products_in_blocks_are_right_for_any_layout(shape, layout, set_threads)
 @pytest.mark.skipif(torch.float32 not in matmul._BLOCKS, reason="needs oneDNN's product of small blocks, on a CPU with AVX-512")
 @pytest.mark.parametrize("classes", [1, 10, 100, 999])
 @pytest.mark.parametrize("features", [1, 31, 200, 1500])
-def test_logits_in_blocks_have_the_same_bits_whatever_the_classes(features, classes, set_threads):
+def test_logits_in_blocks_have_the_same_bits_whatever_the_classes(features, classes, monkeypatch, set_threads):
+    use("onednn", monkeypatch)
     hidden, weight = (seeded(n, features, seed=n, dtype=torch.float32) for n in (200, classes))
     results = []
     for threads, step in ((1, 200), (2, 200), (7, 200), (2, 1), (3, 16), (5, 150)):
