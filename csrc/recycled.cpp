@@ -92,7 +92,9 @@ class Recycler {
     std::vector<unsigned char> resident(kHugePage / page);
     const auto was_taken = [&](char* data) {
       if (mincore(data, kHugePage, resident.data()) != 0) return false;
-      return std::any_of(resident.begin(), resident.end(), [](unsigned char r) { return (r & 1) == 0; });
+      unsigned char all = 1;
+      for (const unsigned char r : resident) all &= r;
+      return all == 0;
     };
     char* const end = span.data + span.capacity;
     for (char* data = span.data; data < end; data += kHugePage) {
