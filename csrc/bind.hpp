@@ -74,11 +74,10 @@ void check_call(const char* logits_name, const Tensor& logits, const Targets& ta
   check_range("temperature * softcap", z.softcap / z.inv_temperature, logits.dtype);
 }
 
-CrossEntropyCall call_of(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
-                         const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss) {
-  check_call("input", logits, target, z);
-  if (soft_target) check_memory("target", soft_target.data, row_count(logits) * logits.shape[logits.axis]);
-  return {logits, target, soft_target, pointer<const void>(weight), z, ignore_index, label_smoothing, z_loss};
+void check_call(const CrossEntropyCall& call) {
+  check_call("input", call.logits, call.target, call.transform);
+  if (call.soft_target)
+    check_memory("target", call.soft_target.data, row_count(call.logits) * call.logits.shape[call.logits.axis]);
 }
 
 // The items of a tuple, checked by their number alone: Python has built it.
@@ -89,10 +88,64 @@ bool unpack(py::handle tuple, std::array<PyObject*, kItems>& items) {
   return true;
 }
 
-bool unpack(PyObject* tuple, std::vector<int64_t>& out) {
-  if (!PyTuple_Check(tuple)) return false;
-  out.resize(PyTuple_GET_SIZE(tuple));
-  for (size_t i = 0; i < out.size(); ++i) out[i] = integer(PyTuple_GET_ITEM(tuple, i));
+bool read(py::handle tuple, std::vector<int64_t>& out) {
+  if (!PyTuple_Check(tuple.ptr())) return false;
+  out.resize(PyTuple_GET_SIZE(tuple.ptr()));
+  for (size_t i = 0; i < out.size(); ++i) out[i] = integer(PyTuple_GET_ITEM(tuple.ptr(), i));
+  return true;
+}
+
+// (pointer, dtype, shape, strides in elements, class axis), or None
+bool read(py::handle source, Tensor& out) {
+  std::array<PyObject*, 5> item;
+  if (source.is_none()) return true;
+  if (!unpack(source, item) || !read(item[2], out.shape) || !read(item[3], out.strides)) return false;
+  out.data = pointer<char>(integer(item[0]));
+  if (!out.data) out.data = reinterpret_cast<char*>(&nothing);
+  out.dtype = dtype(item[1]);
+  out.axis = static_cast<int>(integer(item[4]));
+  return true;
+}
+
+// (pointer, itemsize), or None
+bool read(py::handle source, Targets& out) {
+  std::array<PyObject*, 2> item;
+  if (source.is_none()) return true;
+  if (!unpack(source, item)) return false;
+  out.data = pointer(integer(item[0]));
+  if (!out.data) out.data = &nothing;
+  out.itemsize = static_cast<int>(integer(item[1]));
+  return true;
+}
+
+// (temperature, softcap, bias pointer)
+bool read(py::handle source, Transform& out) {
+  std::array<PyObject*, 3> item;
+  if (!unpack(source, item)) return false;
+  out = {1.0 / real(item[0]), real(item[1]), pointer<const void>(integer(item[2]))};
+  return true;
+}
+
+// (pointer, dtype, step), or None
+bool read(py::handle source, Upstream& out) {
+  std::array<PyObject*, 3> item;
+  if (source.is_none()) return true;
+  if (!unpack(source, item)) return false;
+  out = {pointer<const void>(integer(item[0])), dtype(item[1]), integer(item[2])};
+  return true;
+}
+
+// (logits, ids, probabilities, class weight pointer, transform, ignored id, label smoothing, z-loss)
+bool read(py::handle source, CrossEntropyCall& out) {
+  std::array<PyObject*, 8> item;
+  if (!unpack(source, item) || !read(item[0], out.logits) || !read(item[1], out.target) || !read(item[2], out.soft_target) ||
+      !read(item[4], out.transform)) {
+    return false;
+  }
+  out.weight = pointer<const void>(integer(item[3]));
+  out.ignore_index = integer(item[5]);
+  out.label_smoothing = real(item[6]);
+  out.z_loss = real(item[7]);
   return true;
 }
 
@@ -101,56 +154,21 @@ bool unpack(PyObject* tuple, std::vector<int64_t>& out) {
 // Tuples become structures here: what pybind11 has for nested tuples takes longer than the kernel of a small loss.
 namespace pybind11::detail {
 
-template <>
-struct type_caster<Tensor> {  // (pointer, dtype, shape, strides in elements, class axis), or None
-  PYBIND11_TYPE_CASTER(Tensor, const_name("Tensor"));
-  bool load(handle source, bool) {
-    std::array<PyObject*, 5> item;
-    if (source.is_none()) return true;
-    if (!unpack(source, item) || !unpack(item[2], value.shape) || !unpack(item[3], value.strides)) return false;
-    value.data = pointer<char>(integer(item[0]));
-    if (!value.data) value.data = reinterpret_cast<char*>(&nothing);
-    value.dtype = dtype(item[1]);
-    value.axis = static_cast<int>(integer(item[4]));
-    return true;
-  }
+template <class T>
+struct structure_caster {
+  PYBIND11_TYPE_CASTER(T, const_name("tuple"));
+  bool load(handle source, bool) { return read(source, value); }
 };
 
 template <>
-struct type_caster<Targets> {  // (pointer, itemsize), or None
-  PYBIND11_TYPE_CASTER(Targets, const_name("Targets"));
-  bool load(handle source, bool) {
-    std::array<PyObject*, 2> item;
-    if (source.is_none()) return true;
-    if (!unpack(source, item)) return false;
-    value.data = pointer(integer(item[0]));
-    if (!value.data) value.data = &nothing;
-    value.itemsize = static_cast<int>(integer(item[1]));
-    return true;
-  }
-};
-
+struct type_caster<Tensor> : structure_caster<Tensor> {};
 template <>
-struct type_caster<Transform> {  // (temperature, softcap, bias pointer)
-  PYBIND11_TYPE_CASTER(Transform, const_name("Transform"));
-  bool load(handle source, bool) {
-    std::array<PyObject*, 3> item;
-    if (!unpack(source, item)) return false;
-    value = {1.0 / real(item[0]), real(item[1]), pointer<const void>(integer(item[2]))};
-    return true;
-  }
-};
-
+struct type_caster<Targets> : structure_caster<Targets> {};
 template <>
-struct type_caster<Upstream> {  // (pointer, dtype, step), or None
-  PYBIND11_TYPE_CASTER(Upstream, const_name("Upstream"));
-  bool load(handle source, bool) {
-    std::array<PyObject*, 3> item;
-    if (source.is_none()) return true;
-    if (!unpack(source, item)) return false;
-    value = {pointer<const void>(integer(item[0])), dtype(item[1]), integer(item[2])};
-    return true;
-  }
-};
+struct type_caster<Transform> : structure_caster<Transform> {};
+template <>
+struct type_caster<Upstream> : structure_caster<Upstream> {};
+template <>
+struct type_caster<CrossEntropyCall> : structure_caster<CrossEntropyCall> {};
 
 }  // namespace pybind11::detail

@@ -19,32 +19,29 @@
 
 namespace {
 
-double bind_cross_entropy(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
-                          const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, int reduction,
-                          std::optional<double> denominator, uintptr_t loss, uintptr_t saved, const Tensor& grad,
-                          double upstream, py::handle sampled) {
+double bind_cross_entropy(const CrossEntropyCall& call, int reduction, std::optional<double> denominator, uintptr_t loss,
+                          uintptr_t saved, const Tensor& grad, double upstream, py::handle sampled) {
   // Cast by hand: before pybind11 takes None for a null pointer, it has Python raise and drop an AttributeError.
   SampledGradient* const kept = sampled.is_none() ? nullptr : sampled.cast<SampledGradient*>();
   const py::gil_scoped_release release;
-  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
+  check_call(call);
   return cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
                        pointer<double>(saved), grad, upstream, kept);
 }
 
-void bind_cross_entropy_backward(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
-                                 const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, double scale,
-                                 uintptr_t saved, const Upstream& upstream, const Tensor& grad) {
+void bind_cross_entropy_backward(const CrossEntropyCall& call, double scale, uintptr_t saved, const Upstream& upstream,
+                                 const Tensor& grad) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
-  check_memory("the upstream gradient", upstream.data, upstream.step ? row_count(logits) : 1);
+  check_call(call);
+  check_memory("the upstream gradient", upstream.data, upstream.step ? row_count(call.logits) : 1);
   cross_entropy_backward(call, scale, pointer<const double>(saved), upstream, grad);
 }
 
-void bind_soft_target_gradient(const Tensor& logits, uintptr_t weight, const Transform& z, double label_smoothing, double scale,
-                               uintptr_t saved, const Upstream& upstream, const Tensor& out) {
+void bind_soft_target_gradient(const CrossEntropyCall& call, double scale, uintptr_t saved, const Upstream& upstream,
+                               const Tensor& out) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call = call_of(logits, {}, {}, weight, z, 0, label_smoothing, 0.0);
-  check_memory("the upstream gradient", upstream.data, upstream.step ? row_count(logits) : 1);
+  check_call(call);
+  check_memory("the upstream gradient", upstream.data, upstream.step ? row_count(call.logits) : 1);
   soft_target_gradient(call, scale, pointer<const double>(saved), upstream, out);
 }
 

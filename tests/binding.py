@@ -54,7 +54,7 @@ class Call:
     def forward(self, gradient=None):
         """Writes the loss, and the gradient in the same trip where memory for it is given."""
         self.divisor = _cpu.cross_entropy(
-            *self._inputs(),
+            self._inputs(),
             REDUCTIONS[self.reduction],
             self.denominator,
             self.loss.ctypes.data,
@@ -71,7 +71,7 @@ class Call:
         step = 0 if upstream.ndim == 0 else 1
         scale = 1 / self.divisor if self.reduction == "mean" else 1.0
         _cpu.cross_entropy_backward(
-            *self._inputs(),
+            self._inputs(),
             scale,
             self.saved.ctypes.data,
             (upstream.ctypes.data, CODES[upstream.dtype], step),

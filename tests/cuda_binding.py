@@ -54,7 +54,7 @@ class CudaCall:
     def forward(self, gradient=None, upstream=None, as_with_gradient=False):
         room = workspace(self.module, self.logits, self.axis)
         self.module.cross_entropy(
-            *self._inputs(),
+            self._inputs(),
             REDUCTIONS[self.reduction],
             self.denominator,
             self.loss.ctypes.data,
@@ -71,7 +71,7 @@ class CudaCall:
     def backward(self, gradient, upstream=1.0, expected=None):
         upstream = np.asarray(upstream, accumulation(self.logits.dtype))
         self.module.cross_entropy_backward(
-            *self._inputs(),
+            self._inputs(),
             self.scale.ctypes.data,
             self.saved.ctypes.data,
             (upstream.ctypes.data, CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
@@ -82,13 +82,9 @@ class CudaCall:
         return gradient
 
     def soft_target_gradient(self, out, upstream=1.0):
-        o = self.options
         upstream = np.asarray(upstream, accumulation(self.logits.dtype))
         self.module.soft_target_gradient(
-            tensor(self.logits, self.axis),
-            address(o.weight),
-            (o.temperature, o.softcap or 0.0, address(o.bias)),
-            o.label_smoothing,
+            self._inputs(),
             self.scale.ctypes.data,
             self.saved.ctypes.data,
             (upstream.ctypes.data, CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
@@ -206,7 +202,7 @@ class ChunkCall(CudaCall):
 
         reduce(0, 0)
         self.module.cross_entropy_chunk(
-            *self._inputs(),
+            self._inputs(),
             self.scale.ctypes.data,
             losses.ctypes.data,
             reduced,
@@ -225,7 +221,7 @@ class ChunkCall(CudaCall):
         places = Places(int(numbers.max(initial=-1)) + 1, slots, self.logits.shape[1], self.logits.dtype)
         key = np.asarray(seed, np.int64)
         random = (key.ctypes.data, threshold, numbers.ctypes.data)
-        self.module.sample_chunk(*self._inputs(), self.saved.ctypes.data, random, places.described(), *DEVICE)
+        self.module.sample_chunk(self._inputs(), self.saved.ctypes.data, random, places.described(), *DEVICE)
         return places
 
 

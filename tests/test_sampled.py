@@ -38,7 +38,7 @@ def sampled_entries(logits, target, options, threshold, seed, numbers=None):
         strides = tuple(s // array.itemsize for s in array.strides)
         return array.ctypes.data, codes[array.dtype], array.shape, strides, 1
 
-    _cpu.cross_entropy(
+    call = (
         described(logits),
         None if soft else (target.ctypes.data, target.itemsize),
         described(target) if soft else None,
@@ -47,6 +47,9 @@ def sampled_entries(logits, target, options, threshold, seed, numbers=None):
         -100,
         options.label_smoothing,
         options.z_loss,
+    )
+    _cpu.cross_entropy(
+        call,
         0,
         None,
         loss.ctypes.data,

@@ -13,35 +13,31 @@ namespace {
 using cuda::Device;
 using Places = std::tuple<int64_t, uintptr_t, uintptr_t, uintptr_t>;  // slots of a token; count, columns, values
 
-void bind_cross_entropy(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
-                        const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, int reduction,
-                        std::optional<double> denominator, uintptr_t loss, uintptr_t saved, uintptr_t scale, const Tensor& grad,
-                        const Upstream& upstream, bool as_with_gradient, uintptr_t workspace, int device, uintptr_t stream) {
+void bind_cross_entropy(const CrossEntropyCall& call, int reduction, std::optional<double> denominator, uintptr_t loss,
+                        uintptr_t saved, uintptr_t scale, const Tensor& grad, const Upstream& upstream, bool as_with_gradient,
+                        uintptr_t workspace, int device, uintptr_t stream) {
   const py::gil_scoped_release release;  // a launch may wait for room in the queue
-  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
+  check_call(call);
   cuda::cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
                       pointer<double>(saved), pointer<double>(scale), grad, upstream, as_with_gradient,
                       pointer<char>(workspace), Device(device, stream));
 }
 
-void bind_cross_entropy_backward(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
-                                 const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss,
-                                 uintptr_t scale, uintptr_t saved, const Upstream& upstream,
+void bind_cross_entropy_backward(const CrossEntropyCall& call, uintptr_t scale, uintptr_t saved, const Upstream& upstream,
                                  const std::tuple<uintptr_t, uintptr_t, uintptr_t>& expected, const Tensor& grad, int device,
                                  uintptr_t stream) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
+  check_call(call);
   const auto [made_for, next, surprised] = expected;
   cuda::cross_entropy_backward(call, pointer<const double>(scale), pointer<const double>(saved), upstream,
                                {pointer<const double>(made_for), pointer<double>(next), pointer<int32_t>(surprised)}, grad,
                                Device(device, stream));
 }
 
-void bind_soft_target_gradient(const Tensor& logits, uintptr_t weight, const Transform& z, double label_smoothing,
-                               uintptr_t scale, uintptr_t saved, const Upstream& upstream, const Tensor& out, int device,
-                               uintptr_t stream) {
+void bind_soft_target_gradient(const CrossEntropyCall& call, uintptr_t scale, uintptr_t saved, const Upstream& upstream,
+                               const Tensor& out, int device, uintptr_t stream) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call = call_of(logits, {}, {}, weight, z, 0, label_smoothing, 0.0);
+  check_call(call);
   cuda::soft_target_gradient(call, pointer<const double>(scale), pointer<const double>(saved), upstream, out,
                              Device(device, stream));
 }
@@ -76,22 +72,18 @@ void bind_reduce_tokens(int64_t tokens, int64_t classes, int dtype, const Target
                       pointer<double>(scale), pointer<double>(workspace), Device(device, stream));
 }
 
-void bind_cross_entropy_chunk(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
-                              const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, uintptr_t scale,
-                              uintptr_t losses, bool wide, uintptr_t saved, const Tensor& grad, uintptr_t workspace, int device,
-                              uintptr_t stream) {
+void bind_cross_entropy_chunk(const CrossEntropyCall& call, uintptr_t scale, uintptr_t losses, bool wide, uintptr_t saved,
+                              const Tensor& grad, uintptr_t workspace, int device, uintptr_t stream) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
+  check_call(call);
   cuda::cross_entropy_chunk(call, pointer<const double>(scale), pointer(losses), wide, pointer<double>(saved), grad,
                             pointer<char>(workspace), Device(device, stream));
 }
 
-void bind_sample_chunk(const Tensor& logits, const Targets& target, const Tensor& soft_target, uintptr_t weight,
-                       const Transform& z, int64_t ignore_index, double label_smoothing, double z_loss, uintptr_t saved,
-                       const std::tuple<uintptr_t, double, uintptr_t>& random, const Places& places, int device,
-                       uintptr_t stream) {
+void bind_sample_chunk(const CrossEntropyCall& call, uintptr_t saved, const std::tuple<uintptr_t, double, uintptr_t>& random,
+                       const Places& places, int device, uintptr_t stream) {
   const py::gil_scoped_release release;
-  const CrossEntropyCall call = call_of(logits, target, soft_target, weight, z, ignore_index, label_smoothing, z_loss);
+  check_call(call);
   const auto [seed, threshold, token] = random;
   const auto [slots, count, columns, values] = places;
   cuda::sample_chunk(call, pointer<double>(saved),

@@ -58,15 +58,9 @@ def errors(dtype: str) -> tuple[float, float]:
     # With label smoothing a class of no probability would cost infinity.
     smoothing = np.where(np.isinf(exact).any(axis=1), 0.0, SMOOTHING)
     for row in range(ROWS):
+        ids = (_arrays.address(target[row:]), target.itemsize)
         _cpu.cross_entropy(
-            described(logits[row], dtype),
-            (_arrays.address(target[row:]), target.itemsize),
-            None,
-            0,
-            (1.0, 0.0, 0),
-            -100,
-            float(smoothing[row]),
-            Z_LOSS,
+            (described(logits[row], dtype), ids, None, 0, (1.0, 0.0, 0), -100, float(smoothing[row]), Z_LOSS),
             0,
             None,
             _arrays.address(loss[row:]),

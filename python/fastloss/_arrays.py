@@ -30,6 +30,20 @@ def tensor(array: Array, axis: int) -> _cpu.Tensor:
     return address(array), DTYPE_CODES[array.dtype.name], array.shape, strides, axis
 
 
+def call_of(
+    logits: Array, target: Array, weight: Array | None, bias: Array | None, axis: int, options: _options.LossOptions
+) -> _cpu.Call:
+    """A cross-entropy as the kernels take it; class ids are contiguous."""
+    ids = probabilities = None
+    if target.dtype.kind in "iu":
+        ids = (address(target), target.itemsize)
+    else:
+        probabilities = tensor(target, axis)
+    transform = (options.temperature, options.softcap, address(bias))
+    inputs = (tensor(logits, axis), ids, probabilities, address(weight), transform)
+    return *inputs, options.ignore_index, options.label_smoothing, options.z_loss
+
+
 def plain(value: ArrayLike, name: str) -> Array:
     """Returns value as an array; the mask of a masked one would be lost without a word."""
     if isinstance(value, np.ma.MaskedArray):

@@ -7,6 +7,8 @@ from typing import TypeAlias
 Tensor: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
 Targets: TypeAlias = tuple[int, int]  # (address, itemsize) of contiguous class ids in the order of the rows
 Transform: TypeAlias = tuple[float, float, int]  # (temperature, softcap or 0.0, address of the bias)
+# A cross-entropy: logits, ids, probabilities, class weights, transform, ignored id, label smoothing, z-loss.
+Call: TypeAlias = tuple[Tensor, Targets | None, Tensor | None, int, Transform, int, float, float]
 Upstream: TypeAlias = tuple[int, int, int]  # (address, dtype code, step in elements)
 
 F32: int
@@ -17,14 +19,7 @@ BLOCK: int  # classes of a block
 MOST_THREADS: int
 
 def cross_entropy(
-    logits: Tensor,
-    target: Targets | None,
-    soft_target: Tensor | None,
-    weight: int,
-    transform: Transform,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    call: Call,
     reduction: int,
     denominator: float | None,
     loss: int,
@@ -35,14 +30,7 @@ def cross_entropy(
     /,
 ) -> float: ...
 def cross_entropy_backward(
-    logits: Tensor,
-    target: Targets | None,
-    soft_target: Tensor | None,
-    weight: int,
-    transform: Transform,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    call: Call,
     scale: float,
     saved: int,
     upstream: Upstream,
@@ -51,10 +39,7 @@ def cross_entropy_backward(
 ) -> None: ...
 def check_targets(target: Targets, shape: tuple[int, ...], classes: int, ignore_index: int | None, /) -> None: ...
 def soft_target_gradient(
-    logits: Tensor,
-    weight: int,
-    transform: Transform,
-    label_smoothing: float,
+    call: Call,
     scale: float,
     saved: int,
     upstream: Upstream,

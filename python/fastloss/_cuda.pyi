@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA module, where it was built: as `_cpu`, with pointers of the GPU, and its index and the stream at the end."""
 
-from fastloss._cpu import Targets, Tensor, Transform, Upstream
+from fastloss._cpu import Call, Targets, Tensor, Transform, Upstream
 
 ARCHITECTURES: str
 REDUCTION_BYTES: int  # workspace of reduce_tokens
@@ -9,14 +9,7 @@ REDUCTION_BYTES: int  # workspace of reduce_tokens
 Places = tuple[int, int, int, int]  # slots of a token; count, columns, values of each
 
 def cross_entropy(
-    logits: Tensor,
-    target: Targets | None,
-    soft_target: Tensor | None,
-    weight: int,
-    transform: Transform,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    call: Call,
     reduction: int,
     denominator: float | None,
     loss: int,
@@ -31,14 +24,7 @@ def cross_entropy(
     /,
 ) -> None: ...
 def cross_entropy_backward(
-    logits: Tensor,
-    target: Targets | None,
-    soft_target: Tensor | None,
-    weight: int,
-    transform: Transform,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    call: Call,
     scale: int,
     saved: int,
     upstream: Upstream,
@@ -49,10 +35,7 @@ def cross_entropy_backward(
     /,
 ) -> None: ...
 def soft_target_gradient(
-    logits: Tensor,
-    weight: int,
-    transform: Transform,
-    label_smoothing: float,
+    call: Call,
     scale: int,
     saved: int,
     upstream: Upstream,
@@ -104,14 +87,7 @@ def reduce_tokens(
     /,
 ) -> None: ...
 def cross_entropy_chunk(
-    logits: Tensor,
-    target: Targets | None,
-    soft_target: Tensor | None,
-    weight: int,
-    transform: Transform,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    call: Call,
     scale: int,
     losses: int,
     wide: bool,
@@ -123,14 +99,7 @@ def cross_entropy_chunk(
     /,
 ) -> None: ...
 def sample_chunk(
-    logits: Tensor,
-    target: Targets | None,
-    soft_target: Tensor | None,
-    weight: int,
-    transform: Transform,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
+    call: Call,
     saved: int,
     random: tuple[int, float, int],
     places: Places,

@@ -125,12 +125,10 @@ def cross_entropy(
     if y.dtype.kind in "iu":
         _options.check_ids_shape(y.shape, x.shape, axis, "logits")
         y = _arrays.class_ids(y)
-        ids, probabilities = (_arrays.address(y), y.itemsize), None
     elif y.dtype.name in _arrays.DTYPE_CODES:
         y = _arrays.floating(y, "target")
         _options.check_probabilities_shape(y.shape, x.shape, "logits")
         _options.check_ignore_index_use(ignore_index)
-        ids, probabilities = None, _arrays.tensor(y, axis)
     else:
         raise TypeError(f"target must hold integer class ids or floating-point class probabilities, got {y.dtype}")
     weights = _arrays.per_class(weight, "weight", x, axis)
@@ -139,14 +137,7 @@ def cross_entropy(
     loss = np.empty(rows, _arrays.accumulator_dtype(x))
     grad = _arrays.fresh(x) if return_grad else None
     _cpu.cross_entropy(
-        _arrays.tensor(x, axis),
-        ids,
-        probabilities,
-        _arrays.address(weights),
-        (options.temperature, options.softcap, _arrays.address(biases)),
-        options.ignore_index,
-        options.label_smoothing,
-        options.z_loss,
+        _arrays.call_of(x, y, weights, biases, axis, options),
         options.reduction,
         options.denominator,
         _arrays.address(loss),

@@ -124,16 +124,8 @@ def linear_cross_entropy(
     numbers = np.arange(factors.tokens) if kept is None else kept
 
     def kernel(tokens: slice, logits: Array) -> None:
-        part = y[tokens]
         _cpu.cross_entropy(
-            _arrays.tensor(logits, 1),
-            (_arrays.address(part), part.itemsize) if part.ndim == 1 else None,
-            _arrays.tensor(part, 1) if part.ndim == 2 else None,
-            _arrays.address(weights),
-            (options.temperature, options.softcap, _arrays.address(biases)),
-            options.ignore_index,
-            options.label_smoothing,
-            options.z_loss,
+            _arrays.call_of(logits, y[tokens], weights, biases, 1, options),
             _options.NONE,
             None if sampler else divisor or np.inf,  # nothing counted: no gradient
             _arrays.address(losses[tokens]),

@@ -80,7 +80,7 @@ def cross_entropy(
     place = where(logits)
     room = workspace(logits, dim, place)
     _cuda.cross_entropy(
-        *ops.call_of(logits, target, weight, bias, options),
+        ops.call_of(logits, target, weight, bias, options),
         reduction,
         denominator,
         loss.data_ptr(),
@@ -112,7 +112,7 @@ def cross_entropy_backward(
     made_for, following, surprised = expected or (None, None, None)
     upstream = ops.upstream_of(upstream)
     _cuda.cross_entropy_backward(
-        *ops.call_of(logits, target, weight, bias, options),
+        ops.call_of(logits, target, weight, bias, options),
         scale.data_ptr(),
         saved.data_ptr(),
         _describe_upstream(upstream),
@@ -137,10 +137,7 @@ def soft_target_gradient(
     out = ops.fresh(target)
     upstream = ops.upstream_of(upstream)
     _cuda.soft_target_gradient(
-        ops.describe(logits, options.dim),
-        ops.address(weight),
-        (options.temperature, options.softcap, ops.address(bias)),
-        options.label_smoothing,
+        ops.call_of(logits, target, weight, bias, options),
         scale.data_ptr(),
         saved.data_ptr(),
         _describe_upstream(upstream),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss import _cuda
+from fastloss import _cpu, _cuda
 from fastloss._chunks import for_each_chunk
 from fastloss._options import NONE
 from fastloss._sampled import slots_of_token
@@ -67,7 +67,7 @@ def _forward(
         room = cuda.workspace(logits, task.options.dim, where)
         grad = ops.describe(logits, task.options.dim) if any(wanted) else None
         loss_of_tokens = (losses[chunk].data_ptr(), reduction != NONE)
-        _cuda.cross_entropy_chunk(*call, scale.data_ptr(), *loss_of_tokens, rows.data_ptr(), grad, room.data_ptr(), *where)
+        _cuda.cross_entropy_chunk(call, scale.data_ptr(), *loss_of_tokens, rows.data_ptr(), grad, room.data_ptr(), *where)
         if sampler is not None:
             sampler.sample(call, rows, numbers[chunk], where)
 
@@ -136,11 +136,11 @@ class _Sampler:
         self.columns = hidden.new_full((tokens, self._slots), classes, dtype=torch.int32)
         self.values = hidden.new_empty((tokens, self._slots), dtype=accumulation_dtype(hidden.dtype))
 
-    def sample(self, call: ops.Call, saved: Tensor, numbers: Tensor, where: tuple[int, int]) -> None:
+    def sample(self, call: _cpu.Call, saved: Tensor, numbers: Tensor, where: tuple[int, int]) -> None:
         """Keeps entries of a chunk whose tokens have these numbers."""
         places = (self._slots, self.count.data_ptr(), self.columns.data_ptr(), self.values.data_ptr())
         random = (self._seed.data_ptr(), self._threshold, numbers.data_ptr())
-        _cuda.sample_chunk(*call, saved.data_ptr(), random, places, *where)
+        _cuda.sample_chunk(call, saved.data_ptr(), random, places, *where)
 
 
 def cross_entropy_sampled(

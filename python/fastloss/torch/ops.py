@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -132,12 +132,8 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-# A cross-entropy as the kernels take it: logits, ids, probabilities, class weights, transform, ignored id, smoothing, z-loss.
-Call: TypeAlias = "tuple[_cpu.Tensor, _cpu.Targets | None, _cpu.Tensor | None, int, _cpu.Transform, int, float, float]"
-
-
-def call_of(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Call:
-    """These arguments for the kernels of either device."""
+def call_of(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> _cpu.Call:
+    """A cross-entropy as the kernels of either device take it."""
     dim, ignore_index, label_smoothing, z_loss, softcap, temperature = options
     ids: _cpu.Targets | None = None
     soft: _cpu.Tensor | None = None
@@ -201,7 +197,7 @@ def cross_entropy(
     loss = torch.empty_like(scalar) if reduction != NONE else torch.empty(rows, dtype=scalar.dtype, device=CPU)
     saved = torch.from_numpy(np.empty((*rows, saved_width(logits, logits.shape[dim])))) if keep else None
     used = _cpu.cross_entropy(
-        *call_of(logits, target, weight, bias, options),
+        call_of(logits, target, weight, bias, options),
         reduction,
         denominator,
         loss.data_ptr(),
@@ -233,7 +229,7 @@ def cross_entropy_backward(
     grad = fresh(logits) if grad is None else grad
     upstream = upstream_of(upstream)
     _cpu.cross_entropy_backward(
-        *call_of(logits, target, weight, bias, options),
+        call_of(logits, target, weight, bias, options),
         scale,  # type: ignore[arg-type]  # a float on the CPU
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
@@ -259,10 +255,7 @@ def soft_target_gradient(
     out = fresh(target)
     upstream = upstream_of(upstream)
     _cpu.soft_target_gradient(
-        describe(logits, options.dim),
-        address(weight),
-        (options.temperature, options.softcap, address(bias)),
-        options.label_smoothing,
+        call_of(logits, target, weight, bias, options),
         scale,  # type: ignore[arg-type]  # a float on the CPU
         saved.data_ptr(),
         (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
