@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-OUT_OF_CACHE = 64e6  # bytes of logits from which time is a matter of memory, not of caches
+OUT_OF_CACHE = 128e6  # bytes of logits from which time is a matter of memory, not of caches
 TOLERANCE = 0.1  # what the noise of a shared machine may add
 Point = tuple[float, float]  # size, time
 

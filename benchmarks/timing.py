@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -47,7 +48,7 @@ def interleave(jobs: Mapping[str, Job], rounds: int, slow: frozenset[str] = froz
         return elapsed
 
     _run_rounds(names, rounds, slow, once, seconds)
-    return {name: Timing.of(seconds[name]) for name in names}
+    return at_one_speed(seconds)
 
 
 def interleave_repeated(jobs: Mapping[str, Job], rounds: int, sample_seconds: float = 3e-3) -> dict[str, Timing]:
@@ -62,7 +63,7 @@ def interleave_repeated(jobs: Mapping[str, Job], rounds: int, sample_seconds: fl
         return _repeat(jobs[name], calls[name]) / calls[name]
 
     _run_rounds(list(jobs), rounds, frozenset(), once, seconds)
-    return {name: Timing.of(seconds[name]) for name in jobs}
+    return at_one_speed(seconds)
 
 
 class Repeated(Job):
@@ -103,6 +104,23 @@ def _run_rounds(
                     seconds[name].append(once(name))
     finally:
         gc.enable()
+
+
+def at_one_speed(seconds: Mapping[str, list[float]]) -> dict[str, Timing]:
+    """Timings as if every round had run at the speed of the median one.
+
+    A shared machine is a third faster or slower for seconds to minutes at a time: plain medians of two jobs may be of different
+    speeds. That of a round is the geometric mean of the jobs that run in all of them.
+    """
+    rounds = max(map(len, seconds.values()), default=0)
+    always = [times for times in seconds.values() if len(times) == rounds]
+    if len(always) < 2:
+        return {name: Timing.of(times) for name, times in seconds.items()}
+    logs = [statistics.fmean(math.log(times[turn]) for times in always) for turn in range(rounds)]
+    factors = [math.exp(statistics.median(logs) - log) for log in logs]
+    return {
+        name: Timing.of([time * factor for time, factor in zip(times, factors, strict=False)]) for name, times in seconds.items()
+    }
 
 
 def _calls_to_fill(job: Job, seconds: float) -> int:
