@@ -4,6 +4,8 @@
 #include <string.h>
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 
 #include "dispatch.hpp"
 #include "parallel.hpp"
@@ -13,6 +15,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 64 * 1024;
 constexpr int64_t kStreamBytes = int64_t{1} << 25;
+constexpr int kMostParts = 8;  // of the rows, each with a number for every column
 
 }  // namespace
 
@@ -37,18 +40,30 @@ void multiply(const SparseRows& sparse, const Tensor& matrix, const Tensor& out)
 
 void transpose(const SparseRows& sparse, Dtype values, const SparseRows& out) {
   const int64_t entries = sparse.start[sparse.rows];
-  std::fill(out.start, out.start + out.rows + 1, 0);
-  for (int64_t k = 0; k < entries; ++k) ++out.start[sparse.ids[k] + 1];
-  for (int64_t row = 0; row < out.rows; ++row) out.start[row + 1] += out.start[row];
-  std::vector<int64_t> next(out.start, out.start + out.rows);
   const size_t size = values == kF64 ? sizeof(double) : sizeof(float);
-  for (int64_t row = 0; row < sparse.rows; ++row) {
-    for (int64_t k = sparse.start[row]; k < sparse.start[row + 1]; ++k) {
-      const int64_t at = next[sparse.ids[k]]++;
-      out.ids[at] = static_cast<int32_t>(row);
-      memcpy(static_cast<char*>(out.values) + at * size, static_cast<const char*>(sparse.values) + k * size, size);
-    }
+  // Each part of the rows counts its entries, and then knows where those of each id go.
+  const int parts = entries < kTaskElements ? 1 : std::min(get_num_threads(), kMostParts);
+  std::vector<int64_t> places(parts * out.rows);
+  const auto in_parts = [&](auto visit) {
+    parallel_for(parts, parts, [&](int64_t part) {
+      int64_t* const of_part = places.data() + part * out.rows;
+      for (int64_t row = sparse.rows * part / parts; row < sparse.rows * (part + 1) / parts; ++row) {
+        for (int64_t k = sparse.start[row]; k < sparse.start[row + 1]; ++k) visit(row, k, of_part[sparse.ids[k]]);
+      }
+    });
+  };
+  in_parts([](int64_t, int64_t, int64_t& count) { ++count; });
+  int64_t at = 0;
+  for (int64_t id = 0; id < out.rows; ++id) {
+    out.start[id] = at;
+    for (int part = 0; part < parts; ++part) at += std::exchange(places[part * out.rows + id], at);
   }
+  out.start[out.rows] = at;
+  in_parts([&](int64_t row, int64_t k, int64_t& place) {
+    out.ids[place] = static_cast<int32_t>(row);
+    memcpy(static_cast<char*>(out.values) + place * size, static_cast<const char*>(sparse.values) + k * size, size);
+    ++place;
+  });
 }
 
 }  // namespace fastloss

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks.timing import at_one_speed  # noqa: E402
+from benchmarks.timing import at_one_speed
 
 SPEEDS = [1.0, 1.0, 1.35, 1.35, 1.35, 1.0, 1.35]
 

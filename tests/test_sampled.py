@@ -9,7 +9,7 @@ import pytest
 import fastloss
 import reference
 from fastloss import _cpu
-from fastloss._sampled import Sampler
+from fastloss._sampled import Sampler, SparseGradient
 from helpers import assert_same_bits
 from reference import Options
 
@@ -215,6 +215,24 @@ def test_same_bits_of_real_numbers_for_any_chunks_and_threads(dtype, rng, set_th
         assert_same_bits(loss, expected)
         for one, other in zip(other_grads[:2], grads[:2], strict=True):
             assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 20])
+def test_entries_by_class_stay_in_the_order_of_the_tokens(threads, dtype, rng, set_threads):
+    set_threads(threads)
+    tokens, classes = 500, 1000
+    kept = rng.random((tokens, classes)) < rng.uniform(0.2, 0.6, (tokens, 1))
+    kept[:, 700:] = kept[100:200] = False
+    of_token, columns = kept.nonzero()
+    assert len(columns) > 2**16  # several threads take part
+    start = np.concatenate([[0], np.cumsum(kept.sum(1))])
+    values = rng.standard_normal(len(columns)).astype(dtype)
+    found = SparseGradient(start, columns.astype(np.int32), values).transposed(classes)
+    by_class = np.lexsort((of_token, columns))
+    np.testing.assert_array_equal(found.start, np.concatenate([[0], np.cumsum(kept.sum(0))]))
+    np.testing.assert_array_equal(found.columns, of_token[by_class])
+    assert_same_bits(found.values, values[by_class])
 
 
 def test_threshold_near_nothing_keeps_the_exact_gradient(rng):
