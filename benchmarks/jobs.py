@@ -63,10 +63,9 @@ class TorchLoss(Job):
 class TorchGradient(Job):
     """Loss and gradient end to end: `loss = f(logits, target); loss.backward()`, with a leaf whose `.grad` is None.
 
-    The floor is two passes, since autograd separates them: one reads, one reads and writes.
+    The floor is one pass that reads and writes: forward may make the gradient already.
     """
 
-    floor_reads = 1
     floor_updates = 1
 
     def __init__(self, function: LossFunction, case: Case) -> None:

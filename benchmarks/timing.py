@@ -110,16 +110,17 @@ def at_one_speed(seconds: Mapping[str, list[float]]) -> dict[str, Timing]:
     """Timings as if every round had run at the speed of the median one.
 
     A shared machine is a third faster or slower for seconds to minutes at a time: plain medians of two jobs may be of different
-    speeds. That of a round is the geometric mean of the jobs that run in all of them.
+    speeds. What a round adds to the logarithms of the times is the median of what it adds to those of the jobs that run in all.
     """
     rounds = max(map(len, seconds.values()), default=0)
-    always = [times for times in seconds.values() if len(times) == rounds]
-    if len(always) < 2:
+    logs = [[math.log(time) for time in times] for times in seconds.values() if len(times) == rounds]
+    if len(logs) < 2:
         return {name: Timing.of(times) for name, times in seconds.items()}
-    logs = [statistics.fmean(math.log(times[turn]) for times in always) for turn in range(rounds)]
-    factors = [math.exp(statistics.median(logs) - log) for log in logs]
+    added = [statistics.median(of_job[turn] - statistics.fmean(of_job) for of_job in logs) for turn in range(rounds)]
+    factors = [math.exp(statistics.median(added) - of_round) for of_round in added]
     return {
-        name: Timing.of([time * factor for time, factor in zip(times, factors, strict=False)]) for name, times in seconds.items()
+        name: Timing.of([time * factor for time, factor in zip(times, factors, strict=False)])
+        for name, times in seconds.items()
     }
 
 

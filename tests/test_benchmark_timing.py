@@ -34,3 +34,12 @@ def test_a_job_alone_keeps_its_spread():
     found = at_one_speed({"alone": [1.0, 2.0, 4.0]})["alone"]
     assert (found.low, found.median, found.high) == (1.5, 2.0, 3.0)
     assert at_one_speed({}) == {}
+
+
+def test_a_job_that_varies_much_moves_no_other():
+    seconds = {name: [factor * speed for speed in SPEEDS] for name, factor in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    seconds["wild"] = [5.0, 20.0, 5.0, 20.0, 20.0, 5.0, 5.0]
+    found = at_one_speed(seconds)
+    for name, factor in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
+        assert found[name].high == pytest.approx(found[name].low)
+        assert found[name].median == pytest.approx(1.35 * factor)

@@ -54,10 +54,9 @@ def gradient(settings: Settings) -> Section:
     """Loss and gradient. PyTorch's peers write into fresh memory, since that is all they offer."""
     section = Section("gradient", "loss and gradient")
     section.notes = [
-        "GB/s counts the floor: a read, then a read and write (autograd); a read and write (NumPy API, JAX, clone).",
+        "GB/s counts the floor: a read and write, in the trip of the loss; a read more where inplace='backward' asks for it.",
         "The memory of the result is allocated inside the timer and freed outside it.",
-        "In place: the logits are a non-leaf, refilled untimed; their gradient is consumed at no cost. In the trip of the loss"
-        " (inplace=True): a read and write; or in a trip of its own, in backward (inplace='backward').",
+        "In place: the logits are a non-leaf, refilled untimed; their gradient is consumed at no cost.",
     ]
     section.rows = _measure(settings, ["gradient", "gradient in place"], section.title)
     section.goals = _goals(settings, section.rows, GRADIENT_TARGETS)
