@@ -132,16 +132,17 @@ inline void first_of_max(const typename O::T* z, int n, const typename O::T* max
   for (int j = O::kRows; j < V::kWidth; ++j) out[0] = lane[j] < out[0] ? lane[j] : out[0];
 }
 
+// Of the time for a block its maximum takes one share and its exponentials the others.
+constexpr int kShares = 4;
+
 template <class O>
-inline void row_max(const typename O::T* z, int n, typename O::T* out) {
+inline void row_max(const typename O::T* z, int n, Ahead& ahead, typename O::T* out) {
   using V = typename O::V;
   Lanes<O> top(-static_cast<typename O::T>(__builtin_huge_val()));
-  for_registers<O>(n, [] {}, [&](int at, int k) { top.reg[k] = V::max(load_at<O>(z, at), top.reg[k]); });
+  for_registers<O>(
+      n, [&] { ahead.fetch(1, kShares); }, [&](int at, int k) { top.reg[k] = V::max(load_at<O>(z, at), top.reg[k]); });
   top.reduce(V::max, out);
 }
-
-// Of the time for a block that is widened, its maximum takes one share and its exponentials the others.
-constexpr int kShares = 4;
 
 // Widens one row of n adjacent classes to a panel, and takes its maximum on the way.
 template <class O, class T>
@@ -185,12 +186,12 @@ struct PanelSums {
 
 // sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x), which stays in `powers` with kKeep.
 template <class O, bool kEntropy, bool kSquares, bool kKeep>
-inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, Ahead& ahead, int shares, typename O::T* powers,
+inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, Ahead& ahead, typename O::T* powers,
                      PanelSums<O>& out) {
   using V = typename O::V;
   Lanes<O> sum(0), sum_x(0), sum_sq(0);
   const auto reference = O::per_row(ref);
-  const auto fetch = [&] { ahead.fetch(shares, kShares); };
+  const auto fetch = [&] { ahead.fetch(kShares - 1, kShares); };
   const auto begin = [&](int at) { return begin_exp<O>(z, at, reference); };
   for_registers_in_flight<O>(n, fetch, begin, [&](int at, int k, const BegunExp<V>& begun) {
     const auto e = exp_shifted<V>(begun.x, begun.shifted);

@@ -54,7 +54,7 @@ inline void sums_without_max(const typename O::T* z, int n, const typename O::T*
     room[static_cast<int>(first[r]) * O::kRows + r] = -static_cast<typename O::T>(__builtin_huge_val());
   }
   Ahead nothing;
-  exp_sums<O, false, false, false>(room, n, max, nothing, 0, nullptr, out);
+  exp_sums<O, false, false, false>(room, n, max, nothing, nullptr, out);
 }
 
 // A block of one row that is widened, or copied because its place is taken, gets its maximum on the way. False: not such a row.
@@ -102,12 +102,12 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
       if (max_known) {
         max[0] = max_of_row;
       } else {
-        row_max<O>(z, n, max);
+        row_max<O>(z, n, ahead, max);
       }
       for (int r = 0; r < O::kRows; ++r) ref[r] = finite_reference(max[r]);
       PanelSums<O> sums, without = {};
       A* powers = out.powers ? powers_of<O>(pass, out, rows, block) + p * staged.panel_size : nullptr;
-      sums_of(z, n, ref, ahead, max_known ? kShares - 1 : kShares, powers, sums);
+      sums_of(z, n, ref, ahead, powers, sums);
       bool confident = false;
       for (int r = 0; r < O::kRows; ++r) confident |= is_confident(sums.sum[r]);
       if (confident) sums_without_max<O>(z, n, ref, static_cast<A*>(scratch.derivative), without);
