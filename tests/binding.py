@@ -51,8 +51,8 @@ class Call:
             o.z_loss,
         )
 
-    def forward(self, gradient=None):
-        """Writes the loss, and the gradient in the same trip where memory for it is given."""
+    def forward(self, gradient=None, sampled=None):
+        """Writes the loss, and in the same trip the gradient, where memory for it is given, or a sample of it."""
         self.divisor = _cpu.cross_entropy(
             self._inputs(),
             REDUCTIONS[self.reduction],
@@ -61,7 +61,7 @@ class Call:
             self.saved.ctypes.data,
             None if gradient is None else tensor(gradient, self.axis),
             1.0,
-            None,
+            sampled,
         )
         return self.loss
 

@@ -8,7 +8,7 @@ import pytest
 
 import fastloss
 import reference
-from fastloss import _cpu
+from binding import Call, aligned_weight
 from fastloss._sampled import Sampler, SparseGradient
 from helpers import assert_same_bits
 from reference import Options
@@ -29,35 +29,8 @@ def sampled_entries(logits, target, options, threshold, seed, numbers=None):
     rows, classes = logits.shape
     numbers = np.arange(rows) if numbers is None else numbers
     sampler = Sampler(seed, threshold, logits.dtype)
-    weight = None if options.weight is None else np.ascontiguousarray(options.weight, logits.dtype)
-    codes = {np.dtype(np.float32): _cpu.F32, np.dtype(np.float64): _cpu.F64}
-    soft = target.ndim == 2
-    loss = np.empty(rows, logits.dtype)
-
-    def described(array):
-        strides = tuple(s // array.itemsize for s in array.strides)
-        return array.ctypes.data, codes[array.dtype], array.shape, strides, 1
-
-    call = (
-        described(logits),
-        None if soft else (target.ctypes.data, target.itemsize),
-        described(target) if soft else None,
-        0 if weight is None else weight.ctypes.data,
-        (options.temperature, options.softcap or 0.0, 0),
-        -100,
-        options.label_smoothing,
-        options.z_loss,
-    )
-    _cpu.cross_entropy(
-        call,
-        0,
-        None,
-        loss.ctypes.data,
-        0,
-        None,
-        1.0,
-        sampler.start(numbers),
-    )
+    weight = None if options.weight is None else aligned_weight(options.weight, logits)
+    Call(logits, target, options._replace(weight=weight), reduction="none").forward(sampled=sampler.start(numbers))
     entries = sampler.entries(int(numbers.max()) + 1)
     dense = np.zeros((entries.rows, classes))
     of_row = np.repeat(np.arange(entries.rows), np.diff(entries.start))
@@ -371,6 +344,6 @@ def test_nothing_is_sampled_without_gradients(problem, monkeypatch):
     torch, factors, target = problem
     from fastloss.torch import linear_cross_entropy
 
-    monkeypatch.setattr(_cpu, "SampledGradient", None)
+    monkeypatch.setattr(fastloss._cpu, "SampledGradient", None)
     with torch.no_grad():
         assert torch.isfinite(linear_cross_entropy(*factors[:2], target, backward="sampled"))

@@ -25,7 +25,7 @@ def measure(settings: Settings) -> Section:
     section = Section("growth", "growth of the time of loss and gradient, float32")
     shrink = 8 if settings.quick else 1
     along_classes = [(FIXED_ROWS // shrink, classes) for classes in CLASSES]
-    along_rows = [(max(1, rows // shrink), FIXED_CLASSES) for rows in ROWS]
+    along_rows = [(rows // shrink, FIXED_CLASSES) for rows in ROWS]
     for axis, shapes in (("V", along_classes), ("N", along_rows)):
         small = [shape for shape in shapes if 4 * math.prod(shape) < OUT_OF_CACHE / shrink]
         for together in (*([shape] for shape in small), shapes[len(small) :]):

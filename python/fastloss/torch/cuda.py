@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastloss import _cpu, _cuda
+from fastloss import _cuda
 from fastloss._options import NONE, row_shape
 from fastloss.torch import ops
 from fastloss.torch.ahead import OnGpu
@@ -51,10 +51,6 @@ def check_ids(target: Tensor, classes: int, ignore_index: int | None) -> None:
         raise IndexError(f"target{place} = {int(target.flatten()[first])} is out of range for {classes} classes")
 
 
-def _describe_upstream(upstream: Tensor) -> _cpu.Upstream:
-    return upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1
-
-
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -87,7 +83,7 @@ def cross_entropy(
         ops.address(saved),
         scale.data_ptr(),
         None if grad is None else ops.describe(grad, dim),
-        _describe_upstream(upstream) if isinstance(upstream, Tensor) else None,
+        ops.describe_upstream(upstream) if isinstance(upstream, Tensor) else None,
         as_with_gradient,
         room.data_ptr(),
         *place,
@@ -115,7 +111,7 @@ def cross_entropy_backward(
         ops.call_of(logits, target, weight, bias, options),
         scale.data_ptr(),
         saved.data_ptr(),
-        _describe_upstream(upstream),
+        ops.describe_upstream(upstream),
         (ops.address(made_for), ops.address(following), ops.address(surprised)),
         ops.describe(grad, options.dim),
         *where(logits),
@@ -140,7 +136,7 @@ def soft_target_gradient(
         ops.call_of(logits, target, weight, bias, options),
         scale.data_ptr(),
         saved.data_ptr(),
-        _describe_upstream(upstream),
+        ops.describe_upstream(upstream),
         ops.describe(out, options.dim),
         *where(logits),
     )

@@ -100,6 +100,11 @@ def upstream_of(gradient: Tensor) -> Tensor:
     return gradient.resolve_neg().contiguous()
 
 
+def describe_upstream(upstream: Tensor) -> _cpu.Upstream:
+    """One number, or one a row, as the kernels take them."""
+    return upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1
+
+
 def gpu() -> ModuleType:
     """The functions of this file for CUDA tensors; raises where fastloss was built without them, or they find no device."""
     try:
@@ -232,7 +237,7 @@ def cross_entropy_backward(
         call_of(logits, target, weight, bias, options),
         scale,  # type: ignore[arg-type]  # a float on the CPU
         saved.data_ptr(),
-        (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
+        describe_upstream(upstream),
         describe(grad, options.dim),
     )
     return grad
@@ -258,7 +263,7 @@ def soft_target_gradient(
         call_of(logits, target, weight, bias, options),
         scale,  # type: ignore[arg-type]  # a float on the CPU
         saved.data_ptr(),
-        (upstream.data_ptr(), CODES[upstream.dtype], 0 if upstream.ndim == 0 else 1),
+        describe_upstream(upstream),
         describe(out, options.dim),
     )
     return out
