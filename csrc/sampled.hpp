@@ -46,31 +46,42 @@ FASTLOSS_HD inline T kept_value(T value, T t) {
   return magnitude < t ? (value < 0 ? -t : t) : value;
 }
 
-// Keeps entries of at(0) ... at(n - 1), where `at` makes a register from a place on: the columns `first` and up of a row.
-// Returns how many. `target`, a column of this row or -1, is kept with a value of its own. What is kept stands in ascending
-// order of columns in `out`, which has room for n. Few are kept: a look at kLanes columns mostly ends with their mask.
+// Keeps entries of at(0) ... at(n - 1), where `at` makes a register from a place on: the columns `first` and up of a row, one
+// block of them at most. Returns how many. `target`, a column of this row or -1, is kept with a value of its own. What is kept
+// stands in ascending order of columns in `out`, which has room for n. First all that decides, without a branch: a CPU foresees
+// none of the few entries that are kept, and would drop what it had begun on the columns after each.
 template <class V, class At>
 inline int keep_at_random(At at, int64_t first, int n, int64_t target, typename V::T of_target, double threshold, RandomKey key,
                           Kept<typename V::T>* out) {
   using T = typename V::T;
+  static_assert(kBlock / kLanes <= 64, "a bit for each group of columns");
   const auto t = V::set(static_cast<T>(threshold));
-  int count = 0;
-  for (int i = 0; i < n; i += kLanes) {
-    const int64_t column = first + i;
-    uint64_t mask = 0;
+  uint64_t mask[kBlock / kLanes], some = 0;
+  for (int group = 0; group * kLanes < n; ++group) {
+    uint64_t bits = 0;
 #pragma GCC unroll 64
     for (int k = 0; k < kLanes; k += V::kWidth) {
-      mask |= static_cast<uint64_t>(kept_mask<V>(V::abs(at(i + k)), static_cast<uint32_t>(column + k), t, key)) << k;
+      const int i = group * kLanes + k;
+      bits |= static_cast<uint64_t>(kept_mask<V>(V::abs(at(i)), static_cast<uint32_t>(first + i), t, key)) << k;
     }
-    if (n - i < kLanes) mask &= (uint64_t{1} << (n - i)) - 1;
-    if (target >= column && target < column + kLanes && target - first < n) mask |= uint64_t{1} << (target - column);
-    if (mask == 0) continue;
-    T value[kLanes];
-    for (int k = 0; k < kLanes; k += V::kWidth) V::store(value + k, at(i + k));
-    for (; mask != 0; mask &= mask - 1) {
-      const int bit = __builtin_ctzll(mask);
-      out[count++] = {static_cast<int32_t>(column + bit),
-                      column + bit == target ? of_target : kept_value(value[bit], static_cast<T>(threshold))};
+    mask[group] = bits;
+    some |= static_cast<uint64_t>(bits != 0) << group;
+  }
+  if (n % kLanes != 0) mask[n / kLanes] &= (uint64_t{1} << n % kLanes) - 1;
+  if (target >= first && target < first + n) {
+    mask[(target - first) / kLanes] |= uint64_t{1} << (target - first) % kLanes;
+    some |= uint64_t{1} << (target - first) / kLanes;
+  }
+  int count = 0;
+  for (; some != 0; some &= some - 1) {
+    const int group = __builtin_ctzll(some);
+    for (uint64_t bits = mask[group]; bits != 0; bits &= bits - 1) {
+      const int i = group * kLanes + __builtin_ctzll(bits);
+      const int64_t column = first + i;
+      T value[V::kWidth];
+      V::store(value, at(i / V::kWidth * V::kWidth));
+      out[count++] = {static_cast<int32_t>(column),
+                      column == target ? of_target : kept_value(value[i % V::kWidth], static_cast<T>(threshold))};
     }
   }
   return count;
