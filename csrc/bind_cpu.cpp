@@ -133,6 +133,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       }))
       .def("count", &count_kept)
       .def("copy", &copy_kept);
+  m.def("ordered_product", [](const Tensor& hidden, const Tensor& weight, uintptr_t bias, const Tensor& out) {
+    const py::gil_scoped_release release;
+    ordered_product(hidden, weight, pointer<const void>(bias), out);
+  });
   m.def("multiply",
         [](int64_t rows, uintptr_t start, uintptr_t ids, uintptr_t values, const Tensor& matrix, const Tensor& out) {
           const py::gil_scoped_release release;
@@ -143,11 +147,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release release;
     transpose(sparse_rows(rows, start, ids, values), wide ? kF64 : kF32, sparse_rows(columns, out_start, out_ids, out_values));
   });
-  m.def("logits_product",
-        [](std::array<uintptr_t, 2> product, const Tensor& hidden, const Tensor& weight, uintptr_t bias, const Tensor& out) {
-          const py::gil_scoped_release release;
-          logits_product(block_product(product), hidden, weight, pointer<const float>(bias), out);
-        });
   m.def("hidden_product", [](std::array<uintptr_t, 2> product, const Tensor& grad, const Tensor& weight, const Tensor& out) {
     const py::gil_scoped_release release;
     hidden_product(block_product(product), grad, weight, out);

@@ -2,11 +2,11 @@
 #include "engine.hpp"
 
 #include <algorithm>
-#include <memory>
 
 #include "dispatch.hpp"
 #include "layout.hpp"
 #include "parallel.hpp"
+#include "room.hpp"
 #include "sampled.hpp"
 
 namespace fastloss {
@@ -26,27 +26,18 @@ const RowKernels& kernels_for(Dtype dtype) { return dtype == kF64 ? kernels().f6
 // Each thread keeps its buffers from call to call; pages that no call has touched cost nothing.
 Scratch& scratch() {
   constexpr size_t kBytes = kTileElements * sizeof(double);
-  struct Buffers {
-    std::unique_ptr<char[]> memory{new char[5 * kBytes + 64]};
-    Scratch scratch;
-    Buffers() {
-      char* base = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
-      scratch = {base, base + kBytes, base + 2 * kBytes, base + 3 * kBytes, base + 4 * kBytes};
-    }
-  };
-  thread_local Buffers buffers;
-  return buffers.scratch;
+  thread_local Room<char> room;
+  thread_local Scratch scratch = [] {
+    char* const base = room.of(5 * kBytes);
+    return Scratch{base, base + kBytes, base + 2 * kBytes, base + 3 * kBytes, base + 4 * kBytes};
+  }();
+  return scratch;
 }
 
 // Room of one thread for the exponentials of a tile.
 void* powers_room(size_t bytes) {
-  thread_local std::unique_ptr<char[]> memory;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    memory.reset(new char[bytes + 64]);
-    size = bytes;
-  }
-  return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+  thread_local Room<char> room;
+  return room.of(bytes);
 }
 
 bool adjacent(const Tensor& t) { return !t || t.strides[t.axis] == 1 || t.shape[t.axis] == 1; }

@@ -185,6 +185,11 @@ struct RowKernels {
   // out_ij = scale_i w_j (L_i - z_ij): the gradient of a loss by its soft targets.
   void (*soft_gradient)(const Pass&, const Tile& logits, int rows, int64_t begin, int64_t end, const RowStats* stats,
                         const double* scale, const Tile& out, Scratch&);
+
+  // The columns [begin, end) of left matrix^T + bias, summed in the order of the features and rounded once. The rows of `left`,
+  // `step` apart, and bias (or null) have the accumulation type; `room` is for depth * kLanes numbers of it.
+  void (*ordered_product)(const void* left, int64_t step, int64_t rows, const Tile& matrix, int64_t begin, int64_t end,
+                          int64_t depth, const void* bias, const Tile& out, bool stream, void* room);
 };
 
 struct Kernels {

@@ -9,15 +9,43 @@
 
 #include "dispatch.hpp"
 #include "parallel.hpp"
+#include "room.hpp"
 
 namespace fastloss {
 namespace {
 
 constexpr int64_t kTaskElements = 64 * 1024;
 constexpr int64_t kStreamBytes = int64_t{1} << 25;
-constexpr int kMostParts = 8;  // of the rows, each with a number for every column
+constexpr int64_t kSerialProduct = int64_t{1} << 20;  // multiplications that are not worth a second thread
+constexpr int kMostParts = 8;                         // of the rows, each with a number for every column
+
+int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
+
+void ordered_product(const Tensor& hidden, const Tensor& weight, const void* bias, const Tensor& out) {
+  constexpr int64_t kTasksOfThread = 8, kMostPanels = 8, kLeastRows = 48;
+  const int64_t rows = out.shape[0], classes = out.shape[1], depth = hidden.shape[1];
+  const RowKernels& table = out.dtype == kF64 ? kernels().f64 : kernels().f32;
+  const size_t itemsize = itemsize_of(hidden.dtype);
+  const Tile matrix{weight.data, weight.dtype, weight.strides[0], weight.strides[1]};
+  const int threads = rows * classes * depth < kSerialProduct ? 1 : get_num_threads();
+  const bool stream = rows * classes * itemsize_of(out.dtype) >= kStreamBytes;
+  // A task is a few panels of classes one after the other, so that it can fetch the next; or a part of the tokens of a panel,
+  // where there are few panels.
+  const int64_t panels = divided(classes, kLanes);
+  const int64_t parts = std::clamp<int64_t>(divided(kTasksOfThread * threads, panels), 1, divided(rows, kLeastRows));
+  const int64_t of_task = std::clamp<int64_t>(panels / (kTasksOfThread * threads), 1, kMostPanels);
+  parallel_for(divided(panels, of_task) * parts, threads, [&](int64_t task) {
+    thread_local Room<char> room;
+    const int64_t first = task / parts * of_task * kLanes, part = task % parts;
+    const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+    const Tile to{out.data + begin * out.strides[0] * itemsize_of(out.dtype), out.dtype, out.strides[0], 1};
+    table.ordered_product(hidden.data + begin * hidden.strides[0] * itemsize, hidden.strides[0], end - begin, matrix, first,
+                          std::min(classes, first + of_task * kLanes), depth, bias, to, stream,
+                          room.of(depth * kLanes * itemsize));
+  });
+}
 
 void multiply(const SparseRows& sparse, const Tensor& matrix, const Tensor& out) {
   const int64_t width = matrix.shape[1];

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sparse gradients of the sampled backward, and sums over them.
+// What the sampled backward needs, with the same bits everywhere: logits, sparse gradients, and sums over them.
 #pragma once
 
 #include "engine.hpp"
 
 namespace fastloss {
+
+// out = hidden weight^T + bias, each sum in the order of the features and rounded once. The weight may have any strides and has
+// the dtype of `out`; hidden and bias (or null) have its accumulation type; hidden and out have adjacent columns.
+void ordered_product(const Tensor& hidden, const Tensor& weight, const void* bias, const Tensor& out);
 
 // A sparse matrix in compressed rows: row r holds ids[start[r]] ... ids[start[r + 1]], in ascending order, with their values
 // of the accumulation type.

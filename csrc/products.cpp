@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "products.hpp"
 
-#include <string.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "dispatch.hpp"
 #include "parallel.hpp"
+#include "transpose.hpp"
 
 namespace fastloss {
 namespace {
@@ -16,87 +15,12 @@ constexpr int64_t kPanel = 64;         // columns of one product: what a block o
 constexpr int64_t kUnit = 16;          // tokens at once, mostly
 constexpr int64_t kPageFloats = 1024;  // rows so far apart, or a multiple of it, drive each other out of the cache
 
-// ---- transposed ------------------------------------------------------------------------------------------------------
-
-template <class T>
-struct Square;  // rows of 16 bytes, as many as each has elements
-
-// Elements of both in turn, of their low or their high halves.
-#if defined(__clang__)
-#define FASTLOSS_SHUFFLE(mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define FASTLOSS_SHUFFLE(mask, a, b, ...) __builtin_shuffle(a, b, mask{__VA_ARGS__})
-#endif
-
-template <>
-struct Square<float> {
-  typedef float Row __attribute__((vector_size(16)));
-  typedef int32_t Mask __attribute__((vector_size(16)));
-  static Row low(Row a, Row b) { return FASTLOSS_SHUFFLE(Mask, a, b, 0, 4, 1, 5); }
-  static Row high(Row a, Row b) { return FASTLOSS_SHUFFLE(Mask, a, b, 2, 6, 3, 7); }
-};
-
-template <>
-struct Square<uint16_t> {
-  typedef uint16_t Row __attribute__((vector_size(16)));
-  typedef int16_t Mask __attribute__((vector_size(16)));
-  static Row low(Row a, Row b) { return FASTLOSS_SHUFFLE(Mask, a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-  static Row high(Row a, Row b) { return FASTLOSS_SHUFFLE(Mask, a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
-};
-
-#undef FASTLOSS_SHUFFLE
-
-template <class T>
-inline void transpose_square(const T* from, int64_t step, T* to, int64_t to_step) {
-  using Row = typename Square<T>::Row;
-  constexpr int kSide = sizeof(Row) / sizeof(T);
-  Row row[kSide], zipped[kSide];
-  for (int i = 0; i < kSide; ++i) memcpy(&row[i], from + i * step, sizeof(Row));
-  for (int round = 1; round < kSide; round *= 2) {  // a row with the one half of all behind it, log2 times
-    for (int i = 0; i < kSide / 2; ++i) {
-      zipped[2 * i] = Square<T>::low(row[i], row[i + kSide / 2]);
-      zipped[2 * i + 1] = Square<T>::high(row[i], row[i + kSide / 2]);
-    }
-    for (int i = 0; i < kSide; ++i) row[i] = zipped[i];
-  }
-  for (int i = 0; i < kSide; ++i) memcpy(to + i * to_step, &row[i], sizeof(Row));
-}
-
-// Columns become rows of `to`. A tile fills whole cache lines of both, and each line that is read is read at once, since lines
-// of different rows may drive each other out. Rows are read on and on, and ahead: they come from memory.
-template <class T>
-void transpose_block(const T* from, int64_t rows, int64_t step, int64_t columns, int64_t to_step, T* to) {
-  constexpr int64_t kSide = sizeof(typename Square<T>::Row) / sizeof(T), kLine = 64 / sizeof(T), kTileColumns = 4 * kLine;
-  const int64_t whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
-  for (int64_t r = 0; r < whole_rows; r += kLine) {
-    for (int64_t c = 0; c < whole_columns; c += kTileColumns) {
-      for (int64_t j = r; j < std::min(whole_rows, r + kLine); j += kSide) {
-        for (int64_t i = c; i < std::min(whole_columns, c + kTileColumns); i += kSide) {
-          const T* square = from + j * step + i;
-          if (i % kLine == 0) {
-            for (int k = 0; k < kSide; ++k) __builtin_prefetch(square + k * step + kTileColumns);
-          }
-          transpose_square(square, step, to + i * to_step + j, to_step);
-        }
-      }
-    }
-  }
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r) to[c * to_step + r] = from[r * step + c];
-  }
-}
-
 // ---- left times right ------------------------------------------------------------------------------------------------
 
 // How much of a product is made at once: of `depth` rows of the right factor a panel of `width` columns, which stays in the
 // cache, times `height` rows of the left one after the other.
 struct Blocks {
   int64_t height, width, depth;
-};
-
-// Tasks in both directions.
-struct Grid {
-  int64_t rows, columns;  // of one task
 };
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -127,15 +51,6 @@ struct Right {
     }
     return {room.data(), width};
   }
-
-  // Fetches one of many parts of a panel that is to be transposed, while arithmetic leaves the memory idle.
-  void fetch(int64_t first_row, int64_t depth, int64_t first_column, int64_t width, int64_t part, int64_t parts) const {
-    if (row_step != 1) return;
-    const int64_t end = std::min(columns, first_column + width * (part + 1) / parts);
-    for (int64_t c = first_column + width * part / parts; c < end; ++c) {
-      for (int64_t r = 0; r < depth; r += 16) __builtin_prefetch(data + first_row + r + c * column_step, 0, 2);
-    }
-  }
 };
 
 // Of a single row it may be anything.
@@ -144,9 +59,9 @@ int64_t row_step(const Tensor& matrix) { return matrix.shape[0] == 1 ? matrix.sh
 // The library makes code for each shape, and keeps it: so few heights, whatever the number of tokens.
 int64_t height_of_block(int64_t rows) { return rows > kUnit ? rows / kUnit * kUnit : rows; }
 
-// out = left right + bias, of one task.
-void multiply_task(BlockProduct product, const Tensor& left, const Right& right, const float* bias, const Tensor& out,
-                   const Blocks& blocks, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
+// out = left right, of one task.
+void multiply_task(BlockProduct product, const Tensor& left, const Right& right, const Tensor& out, const Blocks& blocks,
+                   int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
   thread_local std::vector<float> room;
   const auto* from = reinterpret_cast<const float*>(left.data);
   auto* to = reinterpret_cast<float*>(out.data);
@@ -158,30 +73,12 @@ void multiply_task(BlockProduct product, const Tensor& left, const Right& right,
       const Panel panel = right.panel(k, depth, column, width, room);
       for (int64_t row = row_begin, height; row < row_end; row += height) {
         height = height_of_block(std::min(blocks.height, row_end - row));
-        right.fetch(k, depth, column + width, width, (row - row_begin) / blocks.height,
-                    divided(row_end - row_begin, blocks.height));
-        float* block = to + row * to_step + column;
         product.multiply(height, width, depth, from_step, panel.step, to_step, k > 0, from + row * from_step + k, panel.data,
-                         block, false);
-        if (!bias || k + depth < inner) continue;
-        for (int64_t i = 0; i < height; ++i) {
-          for (int64_t j = 0; j < width; ++j) block[i * to_step + j] += bias[column + j];
-        }
+                         to + row * to_step + column, false);
       }
     }
   }
   product.release(false);
-}
-
-void multiply_blocks(BlockProduct product, const Tensor& left, const Right& right, const float* bias, const Tensor& out,
-                     const Blocks& blocks, Grid grid) {
-  const int64_t rows = out.shape[0], columns = out.shape[1];
-  const int64_t across = divided(columns, grid.columns);
-  parallel_for(divided(rows, grid.rows) * across, get_num_threads(), [&](int64_t task) {
-    const int64_t row = task / across * grid.rows, column = task % across * grid.columns;
-    multiply_task(product, left, right, bias, out, blocks, row, std::min(rows, row + grid.rows), column,
-                  std::min(columns, column + grid.columns));
-  });
 }
 
 constexpr int64_t kSerialProduct = int64_t{1} << 20;  // multiplications that are not worth a second thread
@@ -195,19 +92,6 @@ int64_t even_part(int64_t length, int64_t parts, int64_t unit) { return divided(
 
 }  // namespace
 
-// A task is a few panels of classes one after the other, so that it can fetch the next; or a part of the tokens of a panel,
-// where there are few panels.
-void logits_product(BlockProduct product, const Tensor& hidden, const Tensor& weight, const float* bias, const Tensor& out) {
-  constexpr Blocks kBlocks{128, kPanel, 1024};
-  constexpr int64_t kTasksOfThread = 8, kMostPanels = 8;
-  const int64_t rows = out.shape[0], panels = divided(out.shape[1], kPanel), threads = threads_for(hidden, out);
-  if (rows * panels == 0) return;
-  const int64_t parts = threads == 1 ? 1 : divided(kTasksOfThread * threads, panels);
-  const int64_t of_task = std::clamp<int64_t>(panels / (kTasksOfThread * threads), 1, kMostPanels);
-  const Right right{reinterpret_cast<const float*>(weight.data), weight.shape[0], weight.strides[1], weight.strides[0]};
-  multiply_blocks(product, hidden, right, bias, out, kBlocks, {even_part(rows, parts, kUnit), of_task * kPanel});
-}
-
 // A task is some tokens with all features, which it adds up while it walks the classes; or some features, where tokens are few.
 void hidden_product(BlockProduct product, const Tensor& grad, const Tensor& weight, const Tensor& out) {
   constexpr int64_t kHeight = 256, kWidth = 128, kDepth = 256;
@@ -215,9 +99,14 @@ void hidden_product(BlockProduct product, const Tensor& grad, const Tensor& weig
   if (rows * columns == 0) return;
   const int64_t blocks = std::max<int64_t>(1, (rows + kHeight / 2) / kHeight);
   const int64_t down = blocks < threads ? blocks : (blocks + threads / 2) / threads * threads;
-  const Grid grid{even_part(rows, down, kUnit), even_part(columns, divided(threads, down), kPanel)};
+  const int64_t height = even_part(rows, down, kUnit), width = even_part(columns, divided(threads, down), kPanel);
   const Right right{reinterpret_cast<const float*>(weight.data), weight.shape[1], weight.strides[0], weight.strides[1]};
-  multiply_blocks(product, grad, right, nullptr, out, {grid.rows, kWidth, kDepth}, grid);
+  const int64_t across = divided(columns, width);
+  parallel_for(divided(rows, height) * across, get_num_threads(), [&](int64_t task) {
+    const int64_t row = task / across * height, column = task % across * width;
+    multiply_task(product, grad, right, out, {height, kWidth, kDepth}, row, std::min(rows, row + height), column,
+                  std::min(columns, column + width));
+  });
 }
 
 // ---- left transposed -------------------------------------------------------------------------------------------------

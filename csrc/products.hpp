@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The matrix products of linear cross-entropy, cut into blocks that stay in the cache; a library multiplies the blocks.
+// The matrix products of the gradients of linear cross-entropy, cut into blocks that stay in the cache; a library multiplies
+// the blocks.
 #pragma once
 
 #include "engine.hpp"
@@ -15,10 +16,7 @@ struct BlockProduct {
   void (*release)(bool b_is_interleaved);
 };
 
-// out = hidden weight^T + bias, all float32. The weight may have any strides, the others adjacent columns; bias may be null.
-void logits_product(BlockProduct product, const Tensor& hidden, const Tensor& weight, const float* bias, const Tensor& out);
-
-// out = grad weight, likewise.
+// out = grad weight, all float32. The weight may have any strides, the others adjacent columns.
 void hidden_product(BlockProduct product, const Tensor& grad, const Tensor& weight, const Tensor& out);
 
 // total = grad^T hidden, or total + grad^T hidden, for matrices of bfloat16 or float32 with adjacent columns and a float32

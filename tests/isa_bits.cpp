@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <algorithm>
 #include <random>
 #include <vector>
 
@@ -55,7 +56,7 @@ struct Outcome {
   std::vector<double> z, partials;
   std::vector<RowStats> stats;
   std::vector<int64_t> ranks;
-  std::vector<char> gradient, soft_gradient, combined, rounded;
+  std::vector<char> gradient, soft_gradient, combined, rounded, product;
   // The same, from logits, from the exponentials of a scan, and from those where they took the place of the logits.
   std::vector<char> plain_gradient, gradient_of_powers, gradient_in_place;
   std::vector<double> sampled;  // columns and values in turn
@@ -177,6 +178,13 @@ Outcome run(const Kernels& kernels, const Case& c) {
   const std::vector<char> numbers = stored(x, wide ? kF64 : kF32);
   out.rounded.resize(logits.size());
   k.round(numbers.data(), c.classes, c.rows, static_cast<int>(c.classes), {out.rounded.data(), c.dtype, c.classes, 1}, true);
+  // Rows of 40 features for some rows and columns: of the same numbers, so that there need to be enough of them.
+  const int64_t depth = 40, columns = std::min<int64_t>(c.classes * c.rows / depth, 70),
+                left_rows = std::min<int64_t>(columns, 8);
+  std::vector<char> room(depth * kLanes * sizeof(double));
+  out.product.assign(left_rows * columns * sizeof(double), 0);
+  k.ordered_product(numbers.data(), depth, left_rows, {logits.data(), c.dtype, depth, 1}, 0, columns, depth, nullptr,
+                    {out.product.data(), c.dtype, columns, 1}, true, room.data());
   out.gradient = logits;  // in place
   k.gradient(pass, tile(out.gradient), c.kind == 0 ? Tile{} : tile(soft), c.rows, 0, blocks, coefficients.data(), ids, g.data(),
              corrected.data(), {}, tile(out.gradient), buffers.scratch);
@@ -222,6 +230,7 @@ const char* difference(const Outcome& a, const Outcome& b, Dtype dtype) {
   if (!same_doubles(a.sampled.data(), b.sampled.data(), a.sampled.size() * sizeof(double))) return "sampled entries";
   if (!same_numbers(a.combined, b.combined, dtype)) return "weighted rows";
   if (!same_numbers(a.rounded, b.rounded, dtype)) return "rounded rows";
+  if (!same_numbers(a.product, b.product, dtype)) return "a product";
   return nullptr;
 }
 

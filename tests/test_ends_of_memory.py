@@ -149,3 +149,19 @@ def test_bytes_between_the_rows_are_untouched_by_an_in_place_gradient(isa, rng):
         binding.Call(rows, rng.integers(classes, size=4), Options()).forward(rows)
         np.testing.assert_array_equal(wide[:, :4], before[:, :4])
         np.testing.assert_array_equal(wide[:, 4 + classes :], before[:, 4 + classes :])
+
+
+@pytest.mark.parametrize("where", ["start", "end", "misaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 5), (13, 70, 33), (6, 64, 100), (5, 129, 64)], ids=str)
+def test_products_that_make_logits(shape, dtype, where, guarded, rng, isa):
+    tokens, classes, features = shape
+    dtype = DTYPES[dtype]
+    hidden, bias = (rng.standard_normal(n).astype(accumulation(dtype)) for n in ((tokens, features), classes))
+    weight = rng.standard_normal((classes, features)).astype(dtype)
+    out = np.zeros((tokens, classes), dtype)
+    results = []
+    for h, w, b, o in ((hidden, weight, bias, out), [guarded(array, where) for array in (hidden, weight, bias, out)]):
+        _cpu.ordered_product(binding.tensor(h, 1), binding.tensor(w, 1), b.ctypes.data, binding.tensor(o, 1))
+        results.append(o.copy())
+    assert_same_bits(*results)

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 
 from fastloss._chunks import slices
-from fastloss.torch.matmul import _PRODUCTS, weight_product
+from fastloss.torch.matmul import _PRODUCTS, _blas_logits, _own_logits, weight_product
 
 from ..jobs import Job
 from .case import LinearCase
 
 HeadLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 ROLES = ("logits", "hidden", "weight")
-BLOCKS = "blocks"
+BLOCKS, OWN = "blocks", "fastloss"
 
 
 class LossAndGradients(Job):
@@ -56,7 +56,8 @@ class Product(Job):
 
     def __init__(self, case: LinearCase, buffers: Buffers, role: str, library: str, tokens: int) -> None:
         self.case, self.buffers, self.role, self.tokens = case, buffers, role, tokens
-        self.product = _PRODUCTS[role].get(library, _by_blocks)
+        of_role = {"blas": _blas_logits, OWN: _own_logits} if role == "logits" else _PRODUCTS[role]
+        self.product = of_role.get(library, _by_blocks)
 
     def run(self) -> None:
         hidden, weight, room = self.case.hidden, self.case.weight, self.buffers
@@ -73,11 +74,12 @@ class Product(Job):
 def products(case: LinearCase) -> dict[tuple[str, str, int], Job]:
     """Each product by each library for this dtype, with all tokens at once and with as many as fastloss takes.
 
-    Those of bfloat16 are PyTorch's own; that by which fastloss makes the gradient by the weights comes along.
+    Those of bfloat16 are PyTorch's; those by which fastloss makes logits and the gradient by the weights come along.
     """
-    libraries = dict.fromkeys(ROLES, ("blas", "onednn") if case.dtype == "float32" else ("blas",))
-    if case.dtype != "float32":
-        libraries["weight"] = ("blas", BLOCKS)
+    if case.dtype == "float32":
+        libraries = {"logits": ("blas", OWN), "hidden": ("blas", "onednn"), "weight": ("blas", "onednn")}
+    else:
+        libraries = {"logits": ("blas", OWN), "hidden": ("blas",), "weight": ("blas", BLOCKS)}
     buffers = Buffers(case)
     return {
         (role, library, size): Product(case, buffers, role, library, size)

@@ -3,6 +3,7 @@
 #include "../combine.hpp"
 #include "../finish.hpp"
 #include "../gradient.hpp"
+#include "../ordered.hpp"
 #include "../sampled.hpp"
 
 namespace fastloss {
@@ -247,7 +248,8 @@ int sample(const Pass& pass, const Tile& logits, const Tile& soft, int64_t block
 
 template <class V>
 constexpr RowKernels row_kernels() {
-  return {&gather<V>, &scan<V>, &finish<V>, &gradient<V>, &sample<V>, &weighted_rows<V>, &round<V>, &soft_gradient<V>};
+  return {&gather<V>,        &scan<V>,  &finish<V>,        &gradient<V>,       &sample<V>,
+          &weighted_rows<V>, &round<V>, &soft_gradient<V>, &ordered_product<V>};
 }
 
 template <class Isa>

@@ -34,7 +34,7 @@ def for_each_chunk(projection: Projection, kernel: Callable[[slice, Any], None],
             projection.carry_back(tokens, logits)
 
 
-def chunk_size(wanted: int | None, tokens: int, classes: int, group: int, saved_by_one: int = 0) -> int:
+def chunk_size(wanted: int | None, tokens: int, classes: int, group: int = 1, saved_by_one: int = 0) -> int:
     """Tokens of a chunk: the wanted number, or even chunks of whole groups and about CHUNK_LOGITS logits at most.
 
     A single chunk may be larger by what it saves: the memory of `saved_by_one` logits.
@@ -44,21 +44,6 @@ def chunk_size(wanted: int | None, tokens: int, classes: int, group: int, saved_
     one = tokens * classes <= CHUNK_LOGITS + saved_by_one
     chunks = 1 if one else -(-tokens * classes // CHUNK_LOGITS)
     return max(1, min(tokens, -(-tokens // chunks // group) * group))
-
-
-def whole_groups(tokens: slice, group: int) -> slice:
-    """The groups of tokens in which these lie, for a product: it may reach behind the last token.
-
-    A library sums rows one way in the middle of a large product and another way in what is left over at its end, and some by
-    their place in a group. With whole groups the bits of a row do not depend on its chunk.
-    """
-    return slice(tokens.start // group * group, -(-tokens.stop // group) * group)
-
-
-def room_for(size: int, tokens: int, group: int) -> int:
-    """Rows of the largest product for a chunk of this size."""
-    begins_within_a_group = size < tokens and size % group != 0
-    return (-(-size // group) + begins_within_a_group) * group
 
 
 def check_chunk_tokens(wanted: object) -> int:

@@ -245,19 +245,15 @@ class _Factors:
         self.tokens = len(self.hidden)
 
 
-_GROUP = 48  # tokens that OpenBLAS takes at once, a multiple of all its choices on x86; see `whole_groups`
-
-
 class _Projection:
     """Logits a chunk at a time, and the gradients that go back through the product; see `_chunks.Projection`."""
 
     def __init__(self, factors: _Factors, kept: Array | None, chunk_tokens: int | None, carry_back: bool) -> None:
         self._factors, self._kept = factors, kept
-        self._hidden = factors.hidden if kept is None else factors.hidden[kept]
+        self._hidden = np.ascontiguousarray(factors.hidden if kept is None else factors.hidden[kept])
         self.tokens = len(self._hidden)
-        self._size = _chunks.chunk_size(chunk_tokens, self.tokens, factors.classes, _GROUP)
-        room = _chunks.room_for(self._size, self.tokens, _GROUP)
-        self._room = _arrays.fresh_matrix((room, factors.classes), factors.dtype)
+        self._size = _chunks.chunk_size(chunk_tokens, self.tokens, factors.classes)
+        self._room = _arrays.fresh_matrix((self._size, factors.classes), factors.dtype)
         if carry_back:
             self._grad_hidden = np.empty_like(self._hidden)
             self._grad_weight = _arrays.fresh_matrix(factors.weight.shape, factors.dtype)
@@ -267,15 +263,9 @@ class _Projection:
         return _chunks.slices(self.tokens, self._size)
 
     def logits(self, tokens: slice) -> Array:
-        whole = _chunks.whole_groups(tokens, _GROUP)
-        hidden = self._hidden[whole]
-        missing = whole.stop - whole.start - len(hidden)
-        if missing:
-            hidden = np.pad(hidden, ((0, missing), (0, 0)))
-        out = np.matmul(hidden, self._factors.weight.T, out=self._room[: len(hidden)])
-        out = out[tokens.start - whole.start : tokens.stop - whole.start]
-        if self._factors.bias is not None:
-            out += self._factors.bias
+        out = self._room[: tokens.stop - tokens.start]
+        factors = _arrays.tensor(self._hidden[tokens], 1), _arrays.tensor(self._factors.weight, 1)
+        _cpu.ordered_product(*factors, _arrays.address(self._factors.bias), _arrays.tensor(out, 1))
         return out
 
     def carry_back(self, tokens: slice, grad: Array) -> None:

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix products of linear cross-entropy: the fastest ones that PyTorch offers here, found by measurement.
+"""The matrix products of linear cross-entropy.
 
-In float32 PyTorch has two libraries, a BLAS (MKL on x86) behind `torch.mm` and oneDNN: with AVX-512 its product of small
-blocks, which `csrc/products.cpp` puts together, else an operator of PyTorch's compiler. Which of them is faster depends on the
-maker of the CPU and on the product. So each product is measured once in a process, at its first use with weights of some size:
-always on the same number of tokens, and oneDNN must be clearly faster, so that the choice, and with it the last bits, depends
-neither on the tokens of a call nor on noise. With smaller weights oneDNN's blocks are taken where they are to be had. The
-environment variable FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead.
+Logits come from a product of our own, `csrc/ordered.hpp`, whose sums have one order: so a sample is the same for any number of
+threads, any chunks and any CPU. In float32 it is as fast as oneDNN's, and faster than any product of PyTorch in float64 and
+float16. Where the CPU multiplies bfloat16 itself, PyTorch's product of that is twice as fast, and for many classes has the same
+bits for any threads and chunks, too.
+
+The gradients come from the fastest products that PyTorch offers here, found by measurement. In float32 it has two libraries,
+a BLAS (MKL on x86) behind `torch.mm` and oneDNN: with AVX-512 its product of small blocks, which `csrc/products.cpp` puts
+together, else an operator of PyTorch's compiler. Which of them is faster depends on the maker of the CPU and on the product.
+So each product is measured once in a process, at its first use with weights of some size: always on the same number of
+tokens, and oneDNN must be clearly faster, so that the choice, and with it the last bits, depends neither on the tokens of a
+call nor on noise. With smaller weights oneDNN's blocks are taken where they are to be had. The environment variable
+FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead.
 """
 
 from __future__ import annotations
@@ -21,12 +27,14 @@ from torch import Tensor
 
 from fastloss import _cpu
 from fastloss._chunks import BLOCK_BYTES, slices
-from fastloss.torch.ops import address, describe, symbol
+from fastloss.torch.ops import accumulation_dtype, address, describe, symbol
 
 Product = Callable[..., None]
 Blocks = tuple[int, int]  # addresses of oneDNN's product of small blocks, and of what releases the registers that it sets up
 
-GROUP = 16  # tokens that the libraries take at once, see `whole_groups`
+# PyTorch's product of bfloat16 takes so many tokens at once, see `whole_groups` in `projection`. From so many classes and
+# features on, its bits depend neither on threads nor on other tokens.
+_GROUP, _CLASSES, _FEATURES = 16, 1000, 32
 _MEASURED_FROM = 1 << 20  # weights: below, a wrong choice costs less than measuring does
 _TOKENS = 256  # of what is measured
 _SAMPLE = 1 << 31  # multiplications that one measurement takes at most
@@ -36,7 +44,18 @@ _choices: dict[str, Product] = {}
 
 def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden @ weight.T + bias."""
-    _run("logits", hidden, weight, bias, out)
+    (_blas_logits if _logits_by_pytorch(weight) else _own_logits)(hidden, weight, bias, out)
+
+
+def _logits_by_pytorch(weight: Tensor) -> bool:
+    classes, features = weight.shape
+    fast = weight.dtype == torch.bfloat16 and torch.bfloat16 in _BLOCKS
+    return fast and classes >= _CLASSES and features >= _FEATURES
+
+
+def group_of_tokens(weight: Tensor) -> int:
+    """How many tokens a product of logits should take at once, for the same bits whatever the chunks."""
+    return _GROUP if _logits_by_pytorch(weight) else 1
 
 
 def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -65,6 +84,15 @@ def weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tens
                 out[classes] = block
 
 
+# ---- our own ---------------------------------------------------------------------------------------------------------
+
+
+def _own_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    sums = accumulation_dtype(weight.dtype)
+    wide, start = hidden.to(sums), None if bias is None else bias.to(sums).contiguous()
+    _cpu.ordered_product(describe(wide, 1), describe(weight, 1), address(start), describe(out, 1))
+
+
 # ---- BLAS: torch.mm --------------------------------------------------------------------------------------------------
 
 
@@ -86,29 +114,14 @@ def _blas_weight(grad: Tensor, hidden: Tensor, total: Tensor, add: bool) -> None
         torch.mm(grad.t(), hidden, out=total)
 
 
-# ---- oneDNN without small blocks: its operator allocates what it returns, and blocks of classes keep that in the cache ---
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
-
-
-def _onednn_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    for classes in slices(weight.shape[0], max(1, BLOCK_BYTES // (4 * hidden.shape[0]))):
-        out[:, classes] = _linear(hidden, weight[classes], None if bias is None else bias[classes])
+# ---- oneDNN without small blocks: its operator allocates what it returns ----------------------------------------------
 
 
 def _onednn_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
-    out.copy_(_linear(grad, weight.t()))
+    out.copy_(torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], ""))
 
 
 # ---- oneDNN's product of small blocks: results go where they belong, sums stay there in float32 --------------------------
-
-
-def _blocks_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    blocks = _BLOCKS[torch.float32]
-    _cpu.logits_product(blocks, describe(hidden, 1), describe(weight, 1), address(bias), describe(out, 1))
 
 
 def _blocks_hidden(grad: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -153,7 +166,6 @@ def _find_blocks() -> dict[torch.dtype, Blocks]:
 def _products(blocks: bool) -> dict[str, dict[str, Product]]:
     """Of float32, by role and library."""
     return {
-        "logits": {"blas": _blas_logits, "onednn": _blocks_logits if blocks else _onednn_logits},
         "hidden": {"blas": _blas_hidden, "onednn": _blocks_hidden if blocks else _onednn_hidden},
         "weight": {"blas": _blas_weight, "onednn": _blocks_weight if blocks else _blas_weight},
     }
@@ -201,13 +213,7 @@ def _fastest(role: str, classes: int, width: int) -> Product:
     classes = min(classes, max(64, _SAMPLE // (_TOKENS * width)))
     shapes = (_TOKENS, width), (classes, width), (_TOKENS, classes)
     hidden, weight, grad = (torch.ones(shape, dtype=torch.float32, device="cpu") for shape in shapes)
-    arguments: tuple[Any, ...]
-    if role == "logits":
-        arguments = hidden, weight, None, grad
-    elif role == "hidden":
-        arguments = grad, weight, hidden
-    else:
-        arguments = grad, hidden, weight, False
+    arguments: tuple[Any, ...] = (grad, weight, hidden) if role == "hidden" else (grad, hidden, weight, False)
 
     def seconds(product: Product) -> float:
         product(*arguments)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss._chunks import chunk_size, room_for, slices, whole_groups
+from fastloss._chunks import chunk_size, slices
 from fastloss.torch import matmul
 from fastloss.torch.ops import accumulation_dtype, fresh_matrix
 
@@ -44,14 +44,14 @@ class Projection:
         self._all_tokens = hidden.shape[0]
         self._kept = kept
         self._hidden = hidden.contiguous() if kept is None else hidden.index_select(0, kept)
-        # oneDNN takes the bias by its pointer alone, whatever its strides.
-        self._weight, self._bias, self._wanted = weight, bias if bias is None else bias.contiguous(), wanted
+        self._weight, self._bias, self._wanted = weight, bias, wanted
         # Sums over chunks are those of the accumulation type, rounded with the last: one chunk needs none.
         sums = accumulation_dtype(weight.dtype)
         summed = wanted.weight and sums != weight.dtype
         of_sum = weight.numel() * sums.itemsize // weight.element_size() if summed else 0
-        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], matmul.GROUP, of_sum)
-        room = room_for(self._size, self.tokens, matmul.GROUP)
+        self._group = matmul.group_of_tokens(weight)
+        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], self._group, of_sum)
+        room = room_for(self._size, self.tokens, self._group)
         self._room = fresh_matrix((room, weight.shape[0]), weight.dtype)
         self._grad_hidden = torch.empty_like(self._hidden) if wanted.hidden else None
         self._grad_weight = fresh_matrix(weight.shape, weight.dtype) if wanted.weight else None
@@ -69,7 +69,7 @@ class Projection:
 
     def logits(self, tokens: slice) -> Tensor:
         """The logits of a chunk, in memory that the next chunk overwrites."""
-        whole = whole_groups(tokens, matmul.GROUP)
+        whole = whole_groups(tokens, self._group)
         hidden = self._hidden[whole]
         missing = whole.stop - whole.start - hidden.shape[0]
         if missing:
@@ -108,3 +108,18 @@ def spread(rows: Tensor, kept: Tensor | None, length: int) -> Tensor:
         return rows
     out = rows.new_zeros((length, *rows.shape[1:]))
     return out.index_copy_(0, kept, rows)
+
+
+def whole_groups(tokens: slice, group: int) -> slice:
+    """The groups of tokens in which these lie, for a product: it may reach behind the last token.
+
+    A library sums rows one way in the middle of a large product and another way in what is left over at its end, and some by
+    their place in a group. With whole groups the bits of a row do not depend on its chunk.
+    """
+    return slice(tokens.start // group * group, -(-tokens.stop // group) * group)
+
+
+def room_for(size: int, tokens: int, group: int) -> int:
+    """Rows of the largest product for a chunk of this size."""
+    begins_within_a_group = size < tokens and size % group != 0
+    return (-(-size // group) + begins_within_a_group) * group
