@@ -149,6 +149,23 @@ def test_weight_products_are_sums_in_float32_rounded_once(dtype, shape, blocks, 
     assert same_bits(out, sums.to(dtype))
 
 
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "no blocks"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 129, 65), (33, 300, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_hidden_products_are_sums_in_float32_rounded_once(dtype, shape, blocks, monkeypatch):
+    tokens, classes, features = shape
+    if not blocks:
+        use("onednn, no blocks", monkeypatch)
+    monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * features * 50)  # blocks of fifty classes
+    grad = seeded(tokens, classes + 3, dtype=dtype)[:, :classes]  # rows with a stride
+    weight, out = seeded(classes, features, seed=1, dtype=dtype), torch.full((tokens, features), torch.nan, dtype=dtype)
+    exact = grad.double() @ weight.double()
+    scale = grad.double().abs() @ weight.double().abs()
+    matmul.hidden_product(grad, weight, out)
+    rounding = 0.0 if dtype == torch.float32 else 1.01 * torch.finfo(dtype).eps / 2
+    assert bool(((out.double() - exact).abs() <= classes * 2.0**-23 * scale + rounding * exact.abs() + 1e-7).all())
+
+
 def layouts_of_weights(classes, features):
     """The same shape in memory of every kind."""
     return {

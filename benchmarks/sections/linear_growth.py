@@ -19,7 +19,7 @@ SIZES = {
     "V": (8000, 16000, 32000, 64000, 128000),
     "H": (256, 512, 1024, 2048, 4096),
 }
-ROUNDS = 3
+ROUNDS = 7
 
 
 def measure(settings: Settings) -> Section:

@@ -12,7 +12,8 @@ together, else an operator of PyTorch's compiler. Which of them is faster depend
 So each product is measured once in a process, at its first use with weights of some size: always on the same number of
 tokens, and oneDNN must be clearly faster, so that the choice, and with it the last bits, depends neither on the tokens of a
 call nor on noise. With smaller weights oneDNN's blocks are taken where they are to be had. The environment variable
-FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead.
+FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead. Gradients of 16 bits that the CPU does not multiply itself are products of float32, a block of classes
+at a time: PyTorch's own of float16 took 150 times as long.
 """
 
 from __future__ import annotations
@@ -60,7 +61,15 @@ def group_of_tokens(weight: Tensor) -> int:
 
 def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = grad @ weight."""
-    _run("hidden", grad, weight, out)
+    if _in_float32(weight.dtype):
+        total = torch.zeros(out.shape, dtype=torch.float32, device="cpu")
+        part = torch.empty_like(total)
+        for classes in slices(weight.shape[0], max(1, BLOCK_BYTES // (4 * weight.shape[1]))):
+            _run("hidden", grad[:, classes].float(), weight[classes].float(), part)
+            total += part
+        out.copy_(total)
+    else:
+        _run("hidden", grad, weight, out)
 
 
 def weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tensor, *, add: bool, last: bool) -> None:
@@ -71,10 +80,7 @@ def weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tens
     """
     if hidden.dtype in (torch.float32, torch.float64):
         _run("weight", grad, hidden, out, add)
-    elif blocks := _BLOCKS.get(hidden.dtype):
-        _multiply_transposed(blocks, grad, hidden, total, out if last else None, add)
-    else:
-        # PyTorch rounds products of 16-bit factors to 16 bits: here they are made in float32, a block of classes at a time.
+    elif _in_float32(hidden.dtype):
         wide = hidden.float()
         for classes in slices(grad.shape[1], max(1, BLOCK_BYTES // (4 * grad.shape[0]))):
             factor = grad[:, classes].float()
@@ -82,6 +88,14 @@ def weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tens
             _run("weight", factor, wide, block, add)
             if last:
                 out[classes] = block
+    else:
+        # PyTorch's own product of bfloat16 would round it to bfloat16.
+        _multiply_transposed(_BLOCKS[hidden.dtype], grad, hidden, total, out if last else None, add)
+
+
+def _in_float32(dtype: torch.dtype) -> bool:
+    """Whether gradients of this dtype are products of float32, a block of classes at a time: the CPU does not multiply it."""
+    return dtype.itemsize == 2 and dtype not in _BLOCKS
 
 
 # ---- our own ---------------------------------------------------------------------------------------------------------
