@@ -12,8 +12,8 @@ together, else an operator of PyTorch's compiler. Which of them is faster depend
 So each product is measured once in a process, at its first use with weights of some size: always on the same number of
 tokens, and oneDNN must be clearly faster, so that the choice, and with it the last bits, depends neither on the tokens of a
 call nor on noise. With smaller weights oneDNN's blocks are taken where they are to be had. The environment variable
-FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead. Gradients of 16 bits that the CPU does not multiply itself are products of float32, a block of classes
-at a time: PyTorch's own of float16 took 150 times as long.
+FASTLOSS_MATMUL, `blas` or `onednn`, takes the choice instead. Gradients of 16 bits that the CPU does not multiply itself are
+products of float32, a block of classes at a time: PyTorch's own of float16 took 150 times as long.
 """
 
 from __future__ import annotations
