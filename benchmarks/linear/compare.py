@@ -48,7 +48,8 @@ def compare_all(case: LinearCase, peers: Mapping[str, Peer], rounds: int) -> lis
         else:
             jobs[name] = job
     contenders = _contenders(case)
-    timings |= interleave(jobs | {str(key): job for key, job in contenders.items()}, rounds)
+    slow = frozenset(name for name in jobs if peers[name].slow)
+    timings |= interleave(jobs | {str(key): job for key, job in contenders.items()}, rounds, slow)
     best = {role: min((timings[str(key)].median, key) for key in contenders if key[0] == role) for role in ROLES}
     rows = [_row(case, name, timings[name], found[name]) for name in peers if name in timings]
     for row in rows:

@@ -37,7 +37,7 @@ def peers() -> list[Peer]:
     found = [
         _peer(EXACT, linear_cross_entropy, BOUNDS, 20),
         _peer(SAMPLED, partial(linear_cross_entropy, backward="sampled"), SAMPLED_BOUNDS, 21, sampled=True),
-        _peer(REFERENCE, _stored, EAGER_BOUNDS, 47),
+        _peer(REFERENCE, _stored, EAGER_BOUNDS, 47, slow=True),
     ]
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since PyTorch 2.13
         chunked = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())

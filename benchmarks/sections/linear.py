@@ -14,7 +14,6 @@ from ..peers.linear import CHUNKED, EXACT, OPERATION, REFERENCE, SAMPLED
 from ..report import Goal, Section
 from ..settings import Settings
 
-ROUNDS = 4  # at most: a round takes up to 15 seconds
 CHUNKED_AT = 128256  # it takes half a minute a call
 
 
@@ -50,7 +49,7 @@ def measure(settings: Settings) -> Section:
     for target in TARGETS:
         shrink = 4 if settings.quick else 1
         case = LinearCase(target.tokens // shrink, target.classes // shrink, target.features, target.dtype)
-        rows = compare_all(case, _peers(settings, target.classes), min(ROUNDS, settings.rounds))
+        rows = compare_all(case, _peers(settings, target.classes), settings.rounds)
         shape = " x ".join(map(str, case.shape))
         print_comparison(f"{section.title}: {shape} {case.dtype}", rows)
         section.rows += rows
