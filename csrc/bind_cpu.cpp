@@ -71,24 +71,6 @@ int64_t count_kept(const SampledGradient& sampled) {
   return count;
 }
 
-// Starts (one more than there are rows), columns and values, of the accumulation type.
-void copy_kept(const SampledGradient& sampled, uintptr_t start, uintptr_t columns, uintptr_t values, bool wide) {
-  int64_t at = 0;
-  int64_t* next_start = pointer<int64_t>(start);
-  for (const auto& row : sampled.rows) {
-    *next_start++ = at;
-    for (const Kept<double>& entry : row) {
-      pointer<int32_t>(columns)[at] = entry.column;
-      if (wide) {
-        pointer<double>(values)[at++] = entry.value;
-      } else {
-        pointer<float>(values)[at++] = static_cast<float>(entry.value);
-      }
-    }
-  }
-  *next_start = at;
-}
-
 SparseRows sparse_rows(int64_t rows, uintptr_t start, uintptr_t ids, uintptr_t values) {
   return {rows, pointer<int64_t>(start), pointer<int32_t>(ids), pointer(values)};
 }
@@ -132,7 +114,11 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         return SampledGradient{seed, threshold, pointer<const int64_t>(token), {}};
       }))
       .def("count", &count_kept)
-      .def("copy", &copy_kept);
+      .def("collect", [](const SampledGradient& sampled, uintptr_t start, uintptr_t columns, uintptr_t values, bool wide) {
+        const py::gil_scoped_release release;
+        const auto rows = static_cast<int64_t>(sampled.rows.size());
+        collect(sampled, wide ? kF64 : kF32, sparse_rows(rows, start, columns, values));
+      });
   m.def("ordered_product", [](const Tensor& hidden, const Tensor& weight, uintptr_t bias, const Tensor& out) {
     const py::gil_scoped_release release;
     ordered_product(hidden, weight, pointer<const void>(bias), out);

@@ -8,14 +8,14 @@
 #include "parallel.hpp"
 #include "room.hpp"
 #include "sampled.hpp"
+#include "sizes.hpp"
 
 namespace fastloss {
 namespace {
 
-constexpr int64_t kSerialElements = 32 * 1024;      // below, waking a thread costs more than it brings
-constexpr int64_t kTaskElements = 64 * 1024;        // what one task should hold at least
-constexpr int64_t kTasksOfLarge = 16;               // tasks a thread in a large call: long stretches of memory, see below
-constexpr int64_t kStreamBytes = int64_t{1} << 25;  // a gradient from here on would only push other data out of the caches
+constexpr int64_t kSerialElements = 32 * 1024;  // below, waking a thread costs more than it brings
+constexpr int64_t kTaskElements = 64 * 1024;    // what one task should hold at least
+constexpr int64_t kTasksOfLarge = 16;           // tasks a thread in a large call: long stretches of memory, see below
 // Neighbouring rows of a tile with its classes far apart: half a run reads memory slower, twice a run spills out of L2.
 constexpr int64_t kRunBytes = kTileRows * 2;
 constexpr int64_t kKeptElements = int64_t{1} << 20;  // of a tile: what L2 holds, or L3 after it
@@ -52,7 +52,7 @@ class Tiling {
     const int64_t room = kTileElements / staged / kRowGroup * kRowGroup;
     rows_ = adjacent(logits) && adjacent(out) ? kBlock / staged : std::min(room, kRunBytes / itemsize_of(logits.dtype));
     rows_ = std::min(inner_, rows_);
-    per_inner_ = (inner_ + rows_ - 1) / rows_;
+    per_inner_ = divided(inner_, rows_);
     count_ = rows / inner_ * per_inner_;
   }
   int64_t count() const { return count_; }
@@ -84,7 +84,7 @@ class Run {
         kernels_(kernels_for(sweep.logits.dtype)),
         layout_(sweep.logits, sweep.soft, sweep.grad),
         tiling_(layout_, rows, sweep.logits, sweep.grad),
-        blocks_((sweep.pass.classes + kBlock - 1) / kBlock),
+        blocks_(divided(sweep.pass.classes, kBlock)),
         threads_(rows * sweep.pass.classes < kSerialElements ? 1 : get_num_threads()),
         split_(threads_ > 1 && blocks_ > 1 && tiling_.count() < threads_ * kTasksPerThread && !s_.sampled) {}
 
@@ -97,7 +97,7 @@ class Run {
     // task is as long a stretch of rows as leaves each thread enough tasks to even out.
     const int64_t least = kTaskElements / (tiling_.rows_per_tile() * s_.pass.classes);
     const int64_t grain = std::max<int64_t>({1, least, tiling_.count() / (threads_ * kTasksOfLarge)});
-    parallel_for((tiling_.count() + grain - 1) / grain, threads_, [&](int64_t task) {
+    parallel_for(divided(tiling_.count(), grain), threads_, [&](int64_t task) {
       thread_local TileWork work;
       for (int64_t tile = task * grain; tile < std::min(tiling_.count(), (task + 1) * grain); ++tile) {
         begin(tile, work);
@@ -154,7 +154,7 @@ class Run {
     w.coefficients.resize(w.rows);
   }
 
-  static int64_t row_room(const TileWork& w) { return (w.rows + kRowGroup - 1) / kRowGroup * kRowGroup; }
+  static int64_t row_room(const TileWork& w) { return divided(w.rows, kRowGroup) * kRowGroup; }
 
   // exp(z - ref) stays for a gradient that needs nothing else of the logits and follows on the same thread: over the logits
   // themselves, if those will be overwritten anyway.
@@ -276,8 +276,8 @@ void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& o
     const int64_t first = tiling.first_row(tile);
     for (int r = 0; r < tiling.rows(tile); ++r) scale[r] = row_scale(first + r, stats[r]);
     kernels_for(logits.dtype)
-        .soft_gradient(pass, layout.tile(RowLayout::kLogits, first), tiling.rows(tile), 0, (pass.classes + kBlock - 1) / kBlock,
-                       stats, scale, layout.tile(RowLayout::kGrad, first), scratch());
+        .soft_gradient(pass, layout.tile(RowLayout::kLogits, first), tiling.rows(tile), 0, divided(pass.classes, kBlock), stats,
+                       scale, layout.tile(RowLayout::kGrad, first), scratch());
   });
 }
 

@@ -10,16 +10,13 @@
 #include "dispatch.hpp"
 #include "parallel.hpp"
 #include "room.hpp"
+#include "sizes.hpp"
 
 namespace fastloss {
 namespace {
 
 constexpr int64_t kTaskElements = 64 * 1024;
-constexpr int64_t kStreamBytes = int64_t{1} << 25;
-constexpr int64_t kSerialProduct = int64_t{1} << 20;  // multiplications that are not worth a second thread
-constexpr int kMostParts = 8;                         // of the rows, each with a number for every column
-
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int kMostParts = 8;  // of the rows, each with a number for every column
 
 }  // namespace
 
@@ -47,6 +44,26 @@ void ordered_product(const Tensor& hidden, const Tensor& weight, const void* bia
   });
 }
 
+void collect(const SampledGradient& sampled, Dtype values, const SparseRows& out) {
+  const auto rows = static_cast<int64_t>(sampled.rows.size());
+  out.start[0] = 0;
+  for (int64_t row = 0; row < rows; ++row) out.start[row + 1] = out.start[row] + int64_t(sampled.rows[row].size());
+  const int threads = out.start[rows] < kTaskElements ? 1 : get_num_threads();
+  parallel_for(threads, threads, [&](int64_t part) {
+    for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; ++row) {
+      int64_t at = out.start[row];
+      for (const Kept<double>& entry : sampled.rows[row]) {
+        out.ids[at] = entry.column;
+        if (values == kF64) {
+          static_cast<double*>(out.values)[at++] = entry.value;
+        } else {
+          static_cast<float*>(out.values)[at++] = static_cast<float>(entry.value);
+        }
+      }
+    }
+  });
+}
+
 void multiply(const SparseRows& sparse, const Tensor& matrix, const Tensor& out) {
   const int64_t width = matrix.shape[1];
   const size_t itemsize = itemsize_of(matrix.dtype);
@@ -56,7 +73,7 @@ void multiply(const SparseRows& sparse, const Tensor& matrix, const Tensor& out)
   const RowKernels& table = matrix.dtype == kF64 ? kernels().f64 : kernels().f32;
   const int64_t grain = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width));
   const int threads = sparse.start[sparse.rows] * width < kTaskElements ? 1 : get_num_threads();
-  parallel_for((sparse.rows + grain - 1) / grain, threads, [&](int64_t task) {
+  parallel_for(divided(sparse.rows, grain), threads, [&](int64_t task) {
     for (int64_t row = task * grain; row < std::min(sparse.rows, (task + 1) * grain); ++row) {
       const int64_t begin = sparse.start[row];
       const Tile to{out.data + row * out.strides[0] * itemsize, out.dtype, 0, 1};

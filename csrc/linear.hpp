@@ -19,6 +19,9 @@ struct SparseRows {
   void* values = nullptr;
 };
 
+// What sampling kept, all rows side by side, its values rounded to the accumulation type.
+void collect(const SampledGradient& sampled, Dtype values, const SparseRows& out);
+
 // out[r] = sum_k values[k] matrix[ids[k]] over the entries of row r: sparse times dense, both dense matrices with adjacent
 // columns, of one dtype, rounded once.
 void multiply(const SparseRows& sparse, const Tensor& matrix, const Tensor& out);

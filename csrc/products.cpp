@@ -6,6 +6,8 @@
 
 #include "dispatch.hpp"
 #include "parallel.hpp"
+#include "room.hpp"
+#include "sizes.hpp"
 #include "transpose.hpp"
 
 namespace fastloss {
@@ -23,8 +25,6 @@ struct Blocks {
   int64_t height, width, depth;
 };
 
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Panel {
   const float* data;
   int64_t step;
@@ -36,20 +36,20 @@ struct Right {
   int64_t columns, row_step, column_step;
 
   // Rows `first_row` and up of some columns, which lie side by side: where they are, or packed into `room`.
-  Panel panel(int64_t first_row, int64_t depth, int64_t first_column, int64_t width, std::vector<float>& room) const {
+  Panel panel(int64_t first_row, int64_t depth, int64_t first_column, int64_t width, Room<float>& room) const {
     const float* from = data + first_row * row_step + first_column * column_step;
     if (column_step == 1 && row_step >= columns && row_step % kPageFloats != 0) return {from, row_step};
-    room.resize(depth * width);
+    float* const packed = room.of(depth * width);
     if (column_step == 1) {
-      for (int64_t r = 0; r < depth; ++r) std::copy_n(from + r * row_step, width, room.data() + r * width);
+      for (int64_t r = 0; r < depth; ++r) std::copy_n(from + r * row_step, width, packed + r * width);
     } else if (row_step == 1) {
-      transpose_block(from, width, column_step, depth, width, room.data());
+      transpose_block(from, width, column_step, depth, width, packed);
     } else {
       for (int64_t r = 0; r < depth; ++r) {
-        for (int64_t c = 0; c < width; ++c) room[r * width + c] = from[r * row_step + c * column_step];
+        for (int64_t c = 0; c < width; ++c) packed[r * width + c] = from[r * row_step + c * column_step];
       }
     }
-    return {room.data(), width};
+    return {packed, width};
   }
 };
 
@@ -62,7 +62,7 @@ int64_t height_of_block(int64_t rows) { return rows > kUnit ? rows / kUnit * kUn
 // out = left right, of one task.
 void multiply_task(BlockProduct product, const Tensor& left, const Right& right, const Tensor& out, const Blocks& blocks,
                    int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
-  thread_local std::vector<float> room;
+  thread_local Room<float> room;
   const auto* from = reinterpret_cast<const float*>(left.data);
   auto* to = reinterpret_cast<float*>(out.data);
   const int64_t inner = left.shape[1], from_step = row_step(left), to_step = row_step(out);
@@ -80,8 +80,6 @@ void multiply_task(BlockProduct product, const Tensor& left, const Right& right,
   }
   product.release(false);
 }
-
-constexpr int64_t kSerialProduct = int64_t{1} << 20;  // multiplications that are not worth a second thread
 
 int64_t threads_for(const Tensor& left, const Tensor& out) {
   return out.shape[0] * out.shape[1] * left.shape[1] < kSerialProduct ? 1 : get_num_threads();
@@ -113,7 +111,6 @@ void hidden_product(BlockProduct product, const Tensor& grad, const Tensor& weig
 
 namespace {
 
-constexpr int64_t kStreamBytes = int64_t{1} << 25;
 constexpr int64_t kBlockClasses = 128;  // classes of one block
 constexpr int64_t kPieceTokens = 2048;  // tokens of one product: their factor of a block stays in L2
 
@@ -148,11 +145,11 @@ void product_of(BlockProduct product, const Tensor& grad, const Tensor& hidden, 
   const bool stream = rounded && classes * features * itemsize_of(rounded.dtype) >= kStreamBytes;
   parallel_for(divided(classes, kBlockClasses), get_num_threads(), [&](int64_t block) {
     thread_local std::vector<T> factor;
-    thread_local std::vector<float> own;  // sums, where there is no total
+    thread_local Room<float> room;
     const int64_t first = block * kBlockClasses;
     const int64_t count = std::min(kBlockClasses, classes - first);
     const bool one_piece = whole <= kPieceTokens;
-    if (!total) own.resize(kBlockClasses * (one_piece ? kPanel : features));
+    float* const own = total ? nullptr : room.of(kBlockClasses * (one_piece ? kPanel : features));  // sums, without a total
     for (int64_t begin = 0; begin < whole; begin += kPieceTokens) {
       const int64_t length = std::min(kPieceTokens, whole - begin);
       const bool last = begin + length == whole;
@@ -162,9 +159,7 @@ void product_of(BlockProduct product, const Tensor& grad, const Tensor& hidden, 
                       grad.strides[0], count, factor_step, factor.data());
       for (int64_t feature = 0; feature < features; feature += kPanel) {
         const int64_t width = std::min(kPanel, features - feature);
-        float* const sums = total       ? total + first * features + feature
-                            : one_piece ? own.data()
-                                        : own.data() + feature * kBlockClasses;
+        float* const sums = total ? total + first * features + feature : one_piece ? own : own + feature * kBlockClasses;
         const int64_t step = total ? features : width;
         product.multiply(count, width, length, factor_step, width, step, add || begin > 0, factor.data(),
                          panels.data() + feature * whole + begin * width, sums, kTogether<T> > 1);

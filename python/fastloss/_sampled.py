@@ -87,7 +87,7 @@ class Sampler:
         done = 0
         for numbers, sampled in self._chunks:
             start = np.empty(len(numbers) + 1, np.int64)
-            sampled.copy(address(start), address(columns[done:]), address(values[done:]), self._dtype == np.float64)
+            sampled.collect(address(start), address(columns[done:]), address(values[done:]), self._dtype == np.float64)
             lengths[numbers] = np.diff(start)
             done += start[-1]
         return SparseGradient(np.concatenate([[0], np.cumsum(lengths)]), columns, values)
