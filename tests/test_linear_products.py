@@ -78,6 +78,12 @@ def use(library, monkeypatch):
 LIBRARIES = ["blas", "onednn", "onednn, no blocks"]
 
 
+def product_and_scale(left, right):
+    """In float64; errors of sums are measured by the same product of magnitudes."""
+    left, right = left.double(), right.double()
+    return left @ right, left.abs() @ right.abs()
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_each_library_gives_the_product(library, monkeypatch):
     use(library, monkeypatch)
@@ -98,8 +104,8 @@ def test_logits_are_the_product_rounded_once(dtype, classes, with_bias):
     found = torch.full((21, classes), torch.nan, dtype=dtype)
     matmul.logits_product(hidden, weight, bias, found)
     added = 0 if bias is None else bias.double()
-    exact = hidden.double() @ weight.double().t() + added
-    scale = hidden.double().abs() @ weight.double().abs().t() + abs(added)
+    exact, scale = product_and_scale(hidden, weight.t())
+    exact, scale = exact + added, scale + abs(added)
     unit, rounding = 2.0 ** (-52 if dtype == torch.float64 else -23), torch.finfo(dtype).eps / 2
     assert bool(((found.double() - exact).abs() <= 41 * unit * scale + 1.01 * rounding * exact.abs()).all())
 
@@ -137,8 +143,7 @@ def test_weight_products_are_sums_in_float32_rounded_once(dtype, shape, blocks, 
     grad = seeded(tokens, classes + 3, dtype=dtype)[:, :classes]  # rows with a stride
     hidden = seeded(tokens, features, seed=1, dtype=dtype)
     total, out = torch.empty(classes, features), torch.zeros(classes, features, dtype=dtype)
-    exact = grad.double().t() @ hidden.double()
-    scale = grad.double().abs().t() @ hidden.double().abs()
+    exact, scale = product_and_scale(grad.t(), hidden)
     sums = out if dtype == torch.float32 else total
     for times in (1, 2):
         matmul.weight_product(grad, hidden, total, out, add=times > 1, last=times > 1)
@@ -159,8 +164,7 @@ def test_hidden_products_are_sums_in_float32_rounded_once(dtype, shape, blocks, 
     monkeypatch.setattr(matmul, "BLOCK_BYTES", 4 * features * 50)  # blocks of fifty classes
     grad = seeded(tokens, classes + 3, dtype=dtype)[:, :classes]  # rows with a stride
     weight, out = seeded(classes, features, seed=1, dtype=dtype), torch.full((tokens, features), torch.nan, dtype=dtype)
-    exact = grad.double() @ weight.double()
-    scale = grad.double().abs() @ weight.double().abs()
+    exact, scale = product_and_scale(grad, weight)
     matmul.hidden_product(grad, weight, out)
     rounding = 0.0 if dtype == torch.float32 else 1.01 * torch.finfo(dtype).eps / 2
     assert bool(((out.double() - exact).abs() <= classes * 2.0**-23 * scale + rounding * exact.abs() + 1e-7).all())
@@ -185,7 +189,7 @@ def test_products_in_blocks_are_right_for_any_layout(shape, layout, set_threads)
     tokens, classes, features = shape
     weight = layouts_of_weights(classes, features)[layout]
     grad = seeded(tokens, classes + 3, dtype=torch.float32)[:, :classes]  # rows with a stride
-    exact, scale = (f(grad.double()) @ f(weight.double()) for f in (lambda x: x, torch.abs))
+    exact, scale = product_and_scale(grad, weight)
     for threads in (1, 2, 7):
         set_threads(threads)
         found = torch.full((tokens, features), torch.nan)

@@ -10,7 +10,6 @@ from typing import ClassVar
 import torch
 
 from fastloss._chunks import chunk_size
-from fastloss.torch.matmul import group_of_tokens
 
 from ..cases import DTYPES
 
@@ -67,7 +66,7 @@ class LinearCase:
     def chunk(self) -> int:
         """Tokens whose logits fastloss makes at a time."""
         one = 2 * self.weight.numel() if self.dtype != "float32" else 0
-        return chunk_size(None, self.tokens, self.classes, group_of_tokens(self.weight), one)
+        return chunk_size(None, self.tokens, self.classes, one)
 
     @cached_property
     def labels(self) -> torch.Tensor:

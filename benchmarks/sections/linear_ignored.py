@@ -14,7 +14,7 @@ from .linear import TARGETS
 
 SHARE = 0.8
 MOST = 0.25  # of the time of all tokens, at most: about a fifth
-ROUNDS = 4
+ROUNDS = 7
 Row = dict[str, Any]
 
 

@@ -34,8 +34,8 @@ def for_each_chunk(projection: Projection, kernel: Callable[[slice, Any], None],
             projection.carry_back(tokens, logits)
 
 
-def chunk_size(wanted: int | None, tokens: int, classes: int, group: int = 1, saved_by_one: int = 0) -> int:
-    """Tokens of a chunk: the wanted number, or even chunks of whole groups and about CHUNK_LOGITS logits at most.
+def chunk_size(wanted: int | None, tokens: int, classes: int, saved_by_one: int = 0) -> int:
+    """Tokens of a chunk: the wanted number, or even chunks of about CHUNK_LOGITS logits at most.
 
     A single chunk may be larger by what it saves: the memory of `saved_by_one` logits.
     """
@@ -43,7 +43,7 @@ def chunk_size(wanted: int | None, tokens: int, classes: int, group: int = 1, sa
         return min(max(1, tokens), check_chunk_tokens(wanted))
     one = tokens * classes <= CHUNK_LOGITS + saved_by_one
     chunks = 1 if one else -(-tokens * classes // CHUNK_LOGITS)
-    return max(1, min(tokens, -(-tokens // chunks // group) * group))
+    return max(1, -(-tokens // chunks))
 
 
 def check_chunk_tokens(wanted: object) -> int:

@@ -73,7 +73,7 @@ def linear_cross_entropy(
     ``2 / t``: where a z-loss leaves s smaller than what those add to the other entries, s is the mean of both), whatever
     the number of classes, so that the two products of backward become short sums. The loss is exact. Random numbers are a
     hash of seed, token and class: for the same logits neither threads, chunks nor instruction set change a bit. On a CPU the
-    logits themselves are multiplied in whole groups of tokens, so that their bits do not depend on chunks (see the README).
+    bits of the logits themselves do not depend on threads or chunks either (see the README).
 
     Args:
         input: hidden states ``(..., H)``; float32, float64, float16 or bfloat16.

@@ -33,9 +33,8 @@ from fastloss.torch.ops import accumulation_dtype, address, describe, symbol
 Product = Callable[..., None]
 Blocks = tuple[int, int]  # addresses of oneDNN's product of small blocks, and of what releases the registers that it sets up
 
-# PyTorch's product of bfloat16 takes so many tokens at once, see `whole_groups` in `projection`. From so many classes and
-# features on, its bits depend neither on threads nor on other tokens.
-_GROUP, _CLASSES, _FEATURES = 16, 1000, 32
+# From so many on, the bits of PyTorch's product of bfloat16 depend neither on threads nor on other tokens.
+_CLASSES, _FEATURES = 1000, 32
 _MEASURED_FROM = 1 << 20  # weights: below, a wrong choice costs less than measuring does
 _TOKENS = 256  # of what is measured
 _SAMPLE = 1 << 31  # multiplications that one measurement takes at most
@@ -52,11 +51,6 @@ def _logits_by_pytorch(weight: Tensor) -> bool:
     classes, features = weight.shape
     fast = weight.dtype == torch.bfloat16 and torch.bfloat16 in _BLOCKS
     return fast and classes >= _CLASSES and features >= _FEATURES
-
-
-def group_of_tokens(weight: Tensor) -> int:
-    """How many tokens a product of logits should take at once, for the same bits whatever the chunks."""
-    return _GROUP if _logits_by_pytorch(weight) else 1
 
 
 def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -49,10 +49,8 @@ class Projection:
         sums = accumulation_dtype(weight.dtype)
         summed = wanted.weight and sums != weight.dtype
         of_sum = weight.numel() * sums.itemsize // weight.element_size() if summed else 0
-        self._group = matmul.group_of_tokens(weight)
-        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], self._group, of_sum)
-        room = room_for(self._size, self.tokens, self._group)
-        self._room = fresh_matrix((room, weight.shape[0]), weight.dtype)
+        self._size = chunk_size(chunk_tokens, self.tokens, weight.shape[0], of_sum)
+        self._room = fresh_matrix((self._size, weight.shape[0]), weight.dtype)
         self._grad_hidden = torch.empty_like(self._hidden) if wanted.hidden else None
         self._grad_weight = fresh_matrix(weight.shape, weight.dtype) if wanted.weight else None
         self._sum_weight = fresh_matrix(weight.shape, sums) if summed and self._size < self.tokens else None
@@ -69,14 +67,9 @@ class Projection:
 
     def logits(self, tokens: slice) -> Tensor:
         """The logits of a chunk, in memory that the next chunk overwrites."""
-        whole = whole_groups(tokens, self._group)
-        hidden = self._hidden[whole]
-        missing = whole.stop - whole.start - hidden.shape[0]
-        if missing:
-            hidden = torch.nn.functional.pad(hidden, (0, 0, 0, missing))
-        out = self._room[: hidden.shape[0]]
-        matmul.logits_product(hidden, self._weight, self._bias, out)
-        return out[tokens.start - whole.start : tokens.stop - whole.start]
+        out = self._room[: tokens.stop - tokens.start]
+        matmul.logits_product(self._hidden[tokens], self._weight, self._bias, out)
+        return out
 
     def carry_back(self, tokens: slice, grad: Tensor) -> None:
         """Adds what a gradient by the logits of a chunk gives to the wanted gradients."""
@@ -108,18 +101,3 @@ def spread(rows: Tensor, kept: Tensor | None, length: int) -> Tensor:
         return rows
     out = rows.new_zeros((length, *rows.shape[1:]))
     return out.index_copy_(0, kept, rows)
-
-
-def whole_groups(tokens: slice, group: int) -> slice:
-    """The groups of tokens in which these lie, for a product: it may reach behind the last token.
-
-    A library sums rows one way in the middle of a large product and another way in what is left over at its end, and some by
-    their place in a group. With whole groups the bits of a row do not depend on its chunk.
-    """
-    return slice(tokens.start // group * group, -(-tokens.stop // group) * group)
-
-
-def room_for(size: int, tokens: int, group: int) -> int:
-    """Rows of the largest product for a chunk of this size."""
-    begins_within_a_group = size < tokens and size % group != 0
-    return (-(-size // group) + begins_within_a_group) * group
