@@ -22,10 +22,10 @@ def pretend(monkeypatch, multiprocessors, shared_bytes=228 * 1024, clusters=1):
         monkeypatch.setenv(f"FASTLOSS_EMULATION_{name}", str(value))
 
 
-@pytest.fixture(params=[2, 4, 8])
+@pytest.fixture(params=[2, 5, 8])
 def blocks(request, monkeypatch):
-    """Of the cluster that takes each of ROWS rows of classes_of(...): so many that they fill the GPU."""
-    pretend(monkeypatch, 8 * request.param)
+    """Of the cluster that takes each of ROWS rows of classes_of(...): the fewest that fill the GPU."""
+    pretend(monkeypatch, 9 * request.param)
     return request.param
 
 
@@ -121,7 +121,8 @@ def test_rows_of_a_cluster_may_begin_anywhere(start, dtype, blocks, rng):
     assert np.all(room[:, 11 + classes :] == 5)
 
 
-def test_rows_of_a_cluster_may_lie_along_several_axes(blocks, rng):
+def test_rows_of_a_cluster_may_lie_along_several_axes(blocks, rng, monkeypatch):
+    pretend(monkeypatch, 8 * blocks)  # which six rows fill
     classes = classes_of(blocks, "float32")
     logits = rng.standard_normal((2, 3, classes)).astype(np.float32).swapaxes(0, 1)
     gradient = np.full((3, 2, classes), np.nan, np.float32)
@@ -228,14 +229,14 @@ def planned(monkeypatch, rows, classes, dtype, **gpu):
         ("float16", 32_000, 1),
         ("float16", 50_257, 2),
         ("float16", 128_256, 4),
-        ("float16", 151_936, 4),
+        ("float16", 151_936, 5),
         ("float16", 262_144, 8),
         ("float32", 32_000, 2),
         ("float32", 128_256, 8),
         ("float32", 262_144, 8),  # one block a multiprocessor even so
     ],
 )
-def test_two_blocks_of_a_multiprocessor_have_room_for_their_rows(classes, dtype, blocks, monkeypatch):
+def test_three_blocks_of_a_multiprocessor_have_room_for_their_rows(classes, dtype, blocks, monkeypatch):
     assert planned(monkeypatch, 8192, classes, dtype) == (blocks, True)
 
 
@@ -244,7 +245,7 @@ def test_rows_without_room_in_eight_blocks_take_two_trips(monkeypatch):
     assert planned(monkeypatch, 8192, 262_144, "float32", shared_bytes=100 * 1024) == (1, False)
 
 
-@pytest.mark.parametrize(("rows", "plan_of_rows"), [(1, None), (12, None), (13, 8), (24, 8), (25, 4), (50, 2), (99, 1)])
+@pytest.mark.parametrize(("rows", "plan_of_rows"), [(1, None), (12, None), (13, 8), (24, 5), (25, 4), (98, 2), (99, 1)])
 def test_rows_of_clusters_fill_the_gpu_or_are_split(rows, plan_of_rows, monkeypatch):
     parts, one_trip = planned(monkeypatch, rows, 262_144, "float16", shared_bytes=2**21)
     assert one_trip == (plan_of_rows is not None)
@@ -252,9 +253,9 @@ def test_rows_of_clusters_fill_the_gpu_or_are_split(rows, plan_of_rows, monkeypa
 
 
 def test_short_rows_and_small_gpus_have_smaller_clusters(monkeypatch):
-    for multiprocessors, parts in ((64, 8), (63, 4), (16, 2), (15, 1)):
+    for multiprocessors, parts in ((64, 8), (63, 7), (32, 4), (31, None), (8, None)):
         plan_of_rows = planned(monkeypatch, 8192, 131_072, "float16", multiprocessors=multiprocessors, shared_bytes=80 * 1024)
-        assert plan_of_rows == (parts, True) if parts >= 4 else plan_of_rows == (1, False)
+        assert plan_of_rows == ((1, False) if parts is None else (parts, True))
 
 
 def test_gpu_without_clusters_takes_a_block_a_row_or_two_trips(monkeypatch):
@@ -276,6 +277,15 @@ def test_classes_that_lie_apart_have_no_clusters(monkeypatch):
     pretend(monkeypatch, 132)
     logits = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (20_000, 20_000), (4, 80_000))
     assert plan(logits, logits) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows", "warps"), [(21, 2**19, 1), (150, 2**19, 2), (1000, 2**19, 8), (150, 2**13, 8), (21, 2**13, 2)]
+)
+def test_classes_that_lie_apart_are_shared_by_few_warps_unless_rows_are_few(classes, rows, warps, monkeypatch):
+    pretend(monkeypatch, 132)
+    logits = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (rows, classes), (4, 4 * rows))
+    assert cuda.plan(tensor(logits, -1), None, *DEVICE)[0] == warps
 
 
 # ---- rows one after the other ----

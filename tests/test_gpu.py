@@ -60,7 +60,7 @@ def long_rows(blocks, dtype):
     return logits, torch.randint(classes, (rows,), device="cuda")
 
 
-@pytest.mark.parametrize(("blocks", "options"), [(2, {}), (8, {}), (8, {"label_smoothing": 0.1, "softcap": 20.0})])
+@pytest.mark.parametrize(("blocks", "options"), [(2, {}), (5, {}), (8, {}), (8, {"label_smoothing": 0.1, "softcap": 20.0})])
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 def test_gpu_makes_loss_and_gradient_of_long_rows_in_clusters(dtype, blocks, options):
     logits, target = long_rows(blocks, TORCH_DTYPES[dtype])

@@ -38,10 +38,8 @@ struct Fetched {
       T none;
       put(missing, none);
 #pragma unroll
-      for (int i = 0; i < R::kSize; ++i) {
-        element[i] = none;
-        if (run.has(i)) element[i] = row[run.column(i) * class_step];
-      }
+      for (int i = 0; i < R::kSize; ++i) element[i] = none;
+      for_elements(row, class_step, run, [&](int i, T x) { element[i] = x; });
     }
   }
 
@@ -236,7 +234,9 @@ __device__ inline void load_any(const Problem& p, const Matrix& matrix, int64_t 
 
 template <class T, class R, class A, int kSize>
 __device__ inline void store(const A (&x)[kSize], const R& run, int64_t class_step, T* row) {
-  if constexpr (R::kRun > 1) {
+  if constexpr (R::kRun == 1) {
+    for_elements(row, class_step, run, [&](int i, T& element) { put(x[i], element); });
+  } else {
     if (reinterpret_cast<uintptr_t>(row + run.first) % kVectorBytes == 0) {
 #pragma unroll
       for (int v = 0; v < kSize / R::kRun; ++v) {
@@ -251,10 +251,10 @@ __device__ inline void store(const A (&x)[kSize], const R& run, int64_t class_st
       }
       return;
     }
-  }
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    if (run.has(i)) put(x[i], row[run.column(i) * class_step]);
+    for (int i = 0; i < kSize; ++i) {
+      if (run.has(i)) put(x[i], row[run.column(i) * class_step]);
+    }
   }
 }
 

@@ -89,7 +89,7 @@ struct SharedRow {
 // whose classes lie side by side, one_trip.hpp has that. More parts a row: each block leaves its sums for merge_kernel. Without
 // memory for the gradient it makes the statistics alone, to the same bits.
 template <class T, bool kAdjacent, Form kForm, bool kGradient>
-FASTLOSS_KERNEL(kThreads, blocks_for<T>(kForm == Form::kFull))
+FASTLOSS_KERNEL(kThreads, blocks_for(sizeof(T), kForm == Form::kFull))
 scan_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT Statistics out,
             FASTLOSS_ARGUMENT GradientSource source) {
   using V = typename AccumulatedIn<T>::V;
@@ -138,7 +138,7 @@ merge_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_
 }
 
 template <class T, bool kAdjacent, bool kFull>
-FASTLOSS_KERNEL(kThreads, blocks_for<T>(kFull))
+FASTLOSS_KERNEL(kThreads, blocks_for(sizeof(T), kFull))
 gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source,
                 const double* saved) {
   using V = typename AccumulatedIn<T>::V;

@@ -179,12 +179,13 @@ struct Known {
 };
 
 template <class T, bool kWhole, bool kFull>
-FASTLOSS_KERNEL(kThreads, blocks_for<T>(kFull + !kWhole))
+FASTLOSS_KERNEL(kThreads, blocks_for(sizeof(T), kFull + !kWhole))
 one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
   using PartOfRow = std::conditional_t<kFull, Part, PlainPart>;
   constexpr int kWarps = kThreads / kWarp;
+  static_assert((2 * kMostOfCluster * sizeof(PartOfRow) + sizeof(Known<V>)) * kWarps + (1 << 10) + 64 <= one_trip_bytes(kFull));
   // Two sets in turn: a block that is ahead does not write what others have yet to read.
   FASTLOSS_SHARED(PartOfRow[2][kWarps * kMostOfCluster], parts);
   FASTLOSS_SHARED(Arrivals[2], arrivals);

@@ -17,10 +17,8 @@ constexpr int64_t kMostClasses = INT32_MAX - (1 << 20);        // a thread steps
 constexpr int64_t kPartBytes = 16 * kWarpBytes;                // a row is split into no less
 constexpr int64_t kMostParts = 64;                             // of a row whose parts are merged
 constexpr int kBlocksOfMultiprocessor = 3;                     // at a time: for fewer in all, rows are split
-constexpr int kBlocksWithRoom = 2;                             // of a multiprocessor, for rows in shared memory
 constexpr int kMostTurns = 8, kLeastWaves = 8;                 // of blocks: the last of them leaves some of the GPU idle
-constexpr int kOtherBytes = 14 << 10;                          // of shared memory, that a block takes beside its rings, at most
-constexpr int64_t kStridedClasses = 8;                         // a thread's, at a time
+constexpr int64_t kLeastStrided = 8, kMostStrided = 64;        // classes of a thread where they lie apart: more in a full block
 constexpr int kMultiprocessorsOfBlock = 8;                     // of a cluster, at least: small GPUs may take none of 8
 
 // The largest power of two that is at most `wanted`, as far as a block has warps.
@@ -37,17 +35,19 @@ int batches_of(const Problem& p, int parts) {
   return static_cast<int>(std::min<int64_t>((of_part + of_batch - 1) / of_batch, INT32_MAX / 2));
 }
 
-// Blocks that take a row in one trip, a cluster if there are several: the fewest that have room for all of it, beside others at
-// work on other rows, and that leave at most a quarter of the GPU idle. 0 where no number does. A block that has its
-// multiprocessor for itself leaves the memory idle between its loads and its stores: that is for rows that are too long else.
+// Blocks that take a row in one trip, a cluster if there are several: the fewest that have room for all of it, beside as many
+// others as there are registers for, and that leave at most a quarter of the GPU idle. 0 where no number does. Where there are
+// fewer, the memory is idle between the loads and the stores of a block: that is for rows that are too long else.
 int blocks_of_row(const Problem& p, const Gpu& gpu) {
   const int64_t bytes = p.classes * itemsize_of(p.logits.dtype);
   const bool clusters = gpu.clusters && have_clusters();
   const int64_t most = std::min<int64_t>({kMostOfCluster, bytes / kPartBytes, gpu.multiprocessors / kMultiprocessorsOfBlock});
-  for (int blocks = 1; blocks == 1 || (clusters && blocks <= most); blocks *= 2) {
-    const int64_t shared = int64_t(batches_of(p, blocks)) * kBatchBytes + kOtherBytes;
-    const bool last = !clusters || 2 * blocks > most;
-    const bool fits = shared <= gpu.shared_of_block && shared * (last ? 1 : kBlocksWithRoom) <= gpu.shared_of_multiprocessor;
+  const bool full = form_of(p) == Form::kFull, whole = p.warps_per_row == kThreads / kWarp;
+  const int at_once = blocks_for(itemsize_of(p.logits.dtype), full + !whole);
+  for (int blocks = 1; blocks == 1 || (clusters && blocks <= most); ++blocks) {
+    const int64_t shared = int64_t(batches_of(p, blocks)) * kBatchBytes + one_trip_bytes(full);
+    const bool last = !clusters || blocks >= most;
+    const bool fits = shared <= gpu.shared_of_block && shared * (last ? 1 : at_once) <= gpu.shared_of_multiprocessor;
     const bool fills = 4 * p.rows * blocks >= 3 * gpu.multiprocessors || bytes < 2 * kPartBytes;
     if (fits && fills) return blocks;
   }
@@ -107,17 +107,19 @@ Problem problem(const Tensor& logits, const Tensor& soft, const Tensor& grad, co
 void plan(Problem& p, int multiprocessors) {
   const int64_t bytes = p.classes * itemsize_of(p.logits.dtype);
   constexpr int kWarps = kThreads / kWarp;
+  const int64_t wanted = kBlocksOfMultiprocessor * multiprocessors;
   int64_t blocks, most_parts;
   if (p.adjacent) {
     share_row(p, bytes / kScanBytes);
     blocks = p.rows / (kWarps / p.warps_per_row);
     most_parts = bytes / kPartBytes;
   } else {
-    share_row(p, p.classes / kStridedClasses);
+    // What is done once a row, each warp of it does: the fewer the better.
+    const int64_t warps_for_all = kWarps * wanted / std::max<int64_t>(p.rows / kWarp, 1);
+    share_row(p, std::clamp(warps_for_all, p.classes / kMostStrided, p.classes / kLeastStrided));
     blocks = p.rows / (kThreads / p.warps_per_row);
-    most_parts = p.classes / (kStridedClasses * kWarps);
+    most_parts = p.classes / (kLeastStrided * kWarps);
   }
-  const int64_t wanted = kBlocksOfMultiprocessor * multiprocessors;
   p.parts = 1;
   if (blocks < wanted) {
     const int64_t parts = std::min(wanted / std::max<int64_t>(blocks, 1), most_parts);

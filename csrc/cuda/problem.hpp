@@ -59,9 +59,16 @@ struct Problem {
   Part* part = nullptr;  // [rows][parts * warps_per_row], where the parts are merged by another kernel
 };
 
-// Shared memory for the batches of a block.
+// Blocks of a multiprocessor at a time, as far as registers go: `less` of them for kernels that need more.
+constexpr int blocks_for(size_t itemsize, int less) {
+  const int blocks = (itemsize == 8 ? 2 : 3) - less;
+  return blocks > 1 ? blocks : 1;
+}
+
+// Shared memory for the batches of a block; what a block of one trip takes beside them, at most, with 1 KiB of the GPU's own.
 constexpr int kBatchBytes = kBatch * kThreads * kVectorBytes;
 inline int shared_bytes_of(const Problem& p) { return p.batches * kBatchBytes; }
+constexpr int one_trip_bytes(bool full) { return (full ? 14 : 7) << 10; }
 
 // What a scan makes of a row.
 enum class Form {

@@ -7,13 +7,6 @@
 namespace fastloss {
 namespace {
 
-// Blocks of a multiprocessor at a time: `less` of them for kernels that need more registers.
-template <class T>
-constexpr int blocks_for(int less) {
-  const int blocks = (sizeof(T) == 8 ? 2 : 3) - less;
-  return blocks > 1 ? blocks : 1;
-}
-
 template <class A>
 __device__ inline void write(void* out, int64_t i, double value) {
   if (out) static_cast<A*>(out)[i] = static_cast<A>(value);

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kRowsOfBlock = kThreads / kWarp;  // a warp a row
 constexpr int64_t kLongRow = 256;               // entries from which on the warps of a block share a row
+constexpr int kSingleColumns = 8;               // of a lane, where rows do not begin at whole vectors
 
 // Entries [begin, end) of one row.
 struct Range {
@@ -63,7 +64,7 @@ FASTLOSS_KERNEL(kThreads, 2)
 multiply_kernel(FASTLOSS_ARGUMENT Entries e, FASTLOSS_ARGUMENT Dense matrix, FASTLOSS_ARGUMENT Dense out) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
-  constexpr int kRun = kVectors ? kVectorBytes / sizeof(T) : 1, kSize = kVectors ? 2 * kRun : kStridedLoads;
+  constexpr int kRun = kVectors ? kVectorBytes / sizeof(T) : 1, kSize = kVectors ? 2 * kRun : kSingleColumns;
   FASTLOSS_SHARED(A[kRowsOfBlock][kSize * kWarp], sums);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int first = static_cast<int>(blockIdx.y) * kSize * kWarp;
@@ -141,7 +142,7 @@ void launch_multiply(const Entries& e, const Dense& matrix, const Dense& out, cu
     return reinterpret_cast<uintptr_t>(m.data) % kVectorBytes == 0 && m.width * sizeof(T) % kVectorBytes == 0;
   };
   const bool vectors = aligned(matrix) && aligned(out);
-  const int64_t columns = kWarp * (vectors ? 2 * kVectorBytes / sizeof(T) : kStridedLoads);
+  const int64_t columns = kWarp * (vectors ? 2 * kVectorBytes / sizeof(T) : kSingleColumns);
   const LaunchShape shape{(e.rows + kRowsOfBlock - 1) / kRowsOfBlock, static_cast<int>((matrix.width + columns - 1) / columns),
                           kThreads};
   vectors ? launch(multiply_kernel<T, true>, shape, stream, e, matrix, out)

@@ -17,11 +17,9 @@ template <class A, int kSize>
 __device__ inline int take_away(A number, A (&z)[kSize]) {
   int place = -1;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    if (place >= 0 || z[i] != number) continue;
-    place = i;
-    z[i] = -static_cast<A>(__builtin_huge_val());
-  }
+  for (int i = kSize - 1; i >= 0; --i) place = z[i] == number ? i : place;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) z[i] = i == place ? -static_cast<A>(__builtin_huge_val()) : z[i];
   return place;
 }
 
@@ -97,18 +95,20 @@ class Running {
   // A new maximum: what was summed so far moves over to it.
   __device__ void raise(A top) {
     const double shift = static_cast<double>(finite_reference(max_)) - static_cast<double>(top);
-    const double scale = exp_nonpositive(static_cast<double>(max_) - static_cast<double>(top));
-    if constexpr (kMoments) {
-      if (scale != 0.0) sum_x_ += shift * (sum_ + own_);
-      sum_x_ *= scale;
-      sum_sq_ = (sum_sq_ + own_) * scale * scale;
-    }
     if constexpr (kFull) {
       if (weight_ != 0.0) weighted_ += shift * weight_;
       if (soft_weight_ != 0.0) soft_ += shift * soft_weight_;
     }
-    sum_ = (sum_ + own_) * scale;
-    own_ = 0.0;
+    if (const double total = sum_ + own_; total != 0.0) {
+      const double scale = exp_nonpositive(static_cast<double>(max_) - static_cast<double>(top));
+      if constexpr (kMoments) {
+        if (scale != 0.0) sum_x_ += shift * total;
+        sum_x_ *= scale;
+        sum_sq_ = (sum_sq_ + own_) * scale * scale;
+      }
+      sum_ = total * scale;
+      own_ = 0.0;
+    }
     max_ = top;
   }
 

@@ -10,7 +10,7 @@
 namespace fastloss {
 namespace {
 
-constexpr int kStridedLoads = 8;  // in flight, where each class is a load of its own
+constexpr int kStridedLoads = 16;  // in flight, where each class is a load of its own
 
 __device__ inline int64_t row_offset(const Problem& p, const Matrix& matrix, int64_t row) {
   int64_t offset = 0;
@@ -79,6 +79,22 @@ struct Run {
     return {column(i * kPiece), step, end};
   }
 };
+
+// Calls body(i, element) for those elements of a run of single classes that are there. From one to the next an address takes an
+// addition, not a product.
+template <class T, class R, class Body>
+__device__ inline void for_elements(T* row, int64_t class_step, const R& run, Body body) {
+  static_assert(R::kRun == 1);
+  const auto each = [&](auto all) {
+    T* at = row + run.first * class_step;
+    const int64_t step = run.step * class_step;
+#pragma unroll
+    for (int i = 0; i < R::kSize; ++i, at += step) {
+      if (all.value || run.has(i)) body(i, *at);
+    }
+  };
+  run.has_all() ? each(std::true_type{}) : each(std::false_type{});
+}
 
 // The classes of a row that this block takes; from `aligned` on they are whole vectors, and a few more at the end.
 struct Span {
