@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures: every instruction set that this CPU runs, numbers of threads, and random numbers with a seed per test."""
+"""Fixtures: every instruction set that this CPU runs, devices, threads, and random numbers with a seed per test."""
 
 import os
 import warnings
@@ -59,6 +59,23 @@ def no_waiting():
         torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    """`fastloss.torch.cuda_linear` over the emulated module: losses of CPU tensors go there."""
+    from cuda_binding import load_emulation
+    from torch_helpers import torch_over_emulation
+
+    with torch_over_emulation(load_emulation(), monkeypatch) as (_, module):
+        yield module
+
+
+@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
+def order(request, monkeypatch):
+    """The order in which the emulation runs threads: what no barrier orders comes out wrong in one of them."""
+    if request.param:
+        monkeypatch.setenv("FASTLOSS_EMULATION_BACKWARDS", "1")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of the CUDA module as it runs under the emulation of tests/cuda_emulation: its device memory is that of NumPy."""
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -15,8 +16,9 @@ FOLDER = Path(os.environ.get("FASTLOSS_CUDA_EMULATION", Path(__file__).parent.pa
 DEVICE = (0, 0)  # index, stream
 
 
+@functools.cache
 def load_emulation():
-    """The module; skips the tests of a file where it has not been built."""
+    """The module; where it has not been built, skips the test, or the tests of the file, that asks for it."""
     found = sorted(FOLDER.glob("_cuda_emulated.*.so"))
     if not found:
         pytest.skip(f"needs _cuda_emulated in {FOLDER}: `make emulation` builds it", allow_module_level=True)
@@ -24,6 +26,15 @@ def load_emulation():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def poisoned(logits):
+    return np.full_like(logits, np.nan)
+
+
+def parts_of(module, logits, axis=-1):
+    """How many blocks share a row where the loss alone is made."""
+    return module.plan(tensor(logits, axis), None, *DEVICE)[1]
 
 
 class CudaCall:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors and targets for tests of linear cross-entropy, and what it is compared with."""
+"""Factors, targets and options for tests of linear cross-entropy, and what it is compared with."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -9,6 +10,15 @@ from torch_helpers import seeded, seeded_ids, seeded_probabilities
 
 TOKENS, CLASSES, FEATURES = 13, 37, 5
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
+CLASS_WEIGHT, LOGIT_BIAS = seeded(CLASSES, seed=3).abs() + 0.1, seeded(CLASSES, seed=4, scale=1.0)
+# Options that F.cross_entropy has too, and those that only ours has, whose reference is our own cross_entropy.
+OPTIONS = {
+    "plain": {},
+    "class weight and smoothing": {"weight": CLASS_WEIGHT, "label_smoothing": 0.2},
+    "extras": {"z_loss": 0.1, "softcap": 3.0, "temperature": 0.7, "logit_bias": LOGIT_BIAS},
+}
+
+on_each_device = pytest.mark.usefixtures("device")
 
 
 def factors(dtype=torch.float64, tokens=TOKENS, classes=CLASSES, features=FEATURES):

@@ -29,13 +29,6 @@ def blocks(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
-def order(request, monkeypatch):
-    """The order in which the threads of a cluster run."""
-    if request.param:
-        monkeypatch.setenv("FASTLOSS_EMULATION_BACKWARDS", "1")
-
-
 def classes_of(blocks, dtype):
     """No whole number of anything."""
     return blocks * LEAST_PART // DTYPES[dtype].itemsize + 337

@@ -10,19 +10,9 @@ import numpy as np
 import pytest
 
 import reference
-from binding import aligned_weight, tensor
-from cuda_binding import DEVICE, STATISTICS, CudaCall, Expected, load_emulation, statistics, statistics_gradient
-from helpers import (
-    DEFAULT,
-    DTYPES,
-    accumulation,
-    assert_cross_entropy_contract,
-    assert_gradient_close,
-    assert_loss_close,
-    assert_same_bits,
-    confident_slack,
-    transform_extra,
-)
+from binding import aligned_weight
+from cuda_binding import CudaCall, load_emulation, parts_of, poisoned
+from helpers import DEFAULT, DTYPES, assert_cross_entropy_contract, assert_gradient_close, assert_same_bits
 from reference import Options
 from rows import KINDS, logits_and_target
 
@@ -31,21 +21,6 @@ INF = np.inf
 
 # Around what a lane, a warp and a block take at a time, for each dtype.
 LENGTHS = (1, 2, 3, 7, 8, 9, 31, 32, 33, 255, 257, 511, 513, 1023, 2048, 4097, 9001)
-
-
-@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
-def order(request, monkeypatch):
-    """The order in which the threads of a block run: what is not ordered by a barrier comes out wrong in one of them."""
-    if request.param:
-        monkeypatch.setenv("FASTLOSS_EMULATION_BACKWARDS", "1")
-
-
-def poisoned(logits):
-    return np.full_like(logits, np.nan)
-
-
-def parts_of(logits, axis=-1):
-    return cuda.plan(tensor(logits, axis), None, *DEVICE)[1]
 
 
 def check(logits, target, options=DEFAULT, axis=-1, reduction="mean", denominator=None):
@@ -91,7 +66,7 @@ def test_rows_of_every_kind_keep_the_contract(classes, kind, dtype, order):
 def test_rows_shared_among_blocks_keep_the_contract(dtype, rng):
     logits = (3 * rng.standard_normal((2, 150_000))).astype(DTYPES[dtype])
     target = np.array([149_999, 70_000])
-    assert parts_of(logits) > 1
+    assert parts_of(cuda, logits) > 1
     check(logits, target)
     check(logits, target, Options(label_smoothing=0.1, softcap=20.0), reduction="none")
     logits[0, :140_000] = -INF
@@ -139,7 +114,7 @@ def test_any_strides_keep_the_contract(dtype, rng):
 
 def test_few_rows_with_strided_classes_are_shared_among_blocks(rng):
     logits = rng.standard_normal((20_000, 3)).astype(np.float32)
-    assert parts_of(logits, axis=0) > 1
+    assert parts_of(cuda, logits, axis=0) > 1
     check(logits, rng.integers(20_000, size=3), axis=0)
 
 
@@ -164,89 +139,6 @@ def test_one_trip_over_the_logits_keeps_the_contract(rng, order):
     call = CudaCall(cuda, logits, target, Options())
     call.forward(logits)
     assert_cross_entropy_contract(call.loss, logits, before, target)
-
-
-# ---- made by forward ----
-
-# Rows of one warp, of a block, of blocks that share them, beside each other; those of 36 kB take more warps in one trip.
-SHAPES = [((9, 300), 1), ((9, 9001), 1), ((2, 150_000), 1), ((40, 33), 0)]
-
-
-def made_ahead(logits, axis, upstream, rng, options=DEFAULT):
-    """A call that has made its gradient for this upstream gradient."""
-    target = rng.integers(logits.shape[axis], size=np.moveaxis(logits, axis, -1).shape[:-1])
-    call = CudaCall(cuda, logits, target, options, axis)
-    gradient = poisoned(logits)
-    call.forward(gradient, np.asarray(upstream, np.float64))
-    return call, gradient
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
-@pytest.mark.parametrize("options", [DEFAULT, Options(label_smoothing=0.1, softcap=5.0)], ids=["plain", "full"])
-def test_gradient_made_for_what_came_has_the_bits_of_backward_and_is_left_alone(options, shape, axis, dtype, rng, order):
-    logits = rng.standard_normal(shape).astype(DTYPES[dtype])
-    call, gradient = made_ahead(logits, axis, -2.5, rng, options)
-    assert_same_bits(call.backward(poisoned(logits), -2.5), gradient)
-    marked = np.full_like(logits, 5)
-    assert np.all(call.backward(marked, -2.5, Expected(-2.5, -2.5)) == 5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
-@pytest.mark.parametrize("came", [1.0, np.nextafter(np.float32(0.7), np.float32(1)), 0.0, -0.0, INF, np.nan])
-def test_gradient_made_for_something_else_becomes_that_of_backward(came, shape, axis, dtype, rng, order):
-    logits = rng.standard_normal(shape).astype(DTYPES[dtype])
-    call, gradient = made_ahead(logits, axis, np.float32(0.7), rng)
-    expected = call.backward(poisoned(logits), came)
-    assert_same_bits(call.backward(gradient, came, Expected(np.float32(0.7), 3.0)), expected)
-
-
-@pytest.mark.parametrize("garbage", [np.nan, 0.0, -0.0])
-def test_gradient_made_for_garbage_serves_no_other(garbage, rng):
-    logits = rng.standard_normal((9, 300)).astype(np.float32)
-    call, gradient = made_ahead(logits, 1, garbage, rng)
-    for came in (0.0, -0.0, 1.0):
-        if np.float64(came).tobytes() == np.float64(garbage).tobytes():
-            continue
-        expected = call.backward(poisoned(logits), came)
-        assert_same_bits(call.backward(gradient.copy(), came, Expected(garbage, 1.0)), expected)
-
-
-def test_backward_without_a_gradient_makes_one_and_learns_all_the_same(rng, order):
-    logits = rng.standard_normal((9, 300)).astype(np.float32)
-    call, _ = made_ahead(logits, 1, 1.0, rng)
-    expected = Expected(None, 2.0)
-    assert_same_bits(call.backward(poisoned(logits), 2.0, expected), call.backward(poisoned(logits), 2.0))
-    assert (expected.next, expected.surprised) == (2.0, 0)
-
-
-@pytest.mark.parametrize(
-    ("came", "following"),
-    [(0.1, np.float64(0.1)), (-4.0, -4.0), (0.0, 3.0), (-0.0, 3.0), (INF, 3.0), (-INF, 3.0), (np.nan, 3.0)],
-)
-def test_what_came_is_expected_next_if_it_is_any_guide(came, following, rng):
-    logits = rng.standard_normal((9, 300))
-    call, gradient = made_ahead(logits, 1, 3.0, rng)
-    expected = Expected(3.0, 3.0)
-    call.backward(gradient, came, expected)
-    assert (expected.next, expected.surprised) == (following, 1)
-    call.backward(gradient, expected.next, expected)
-    assert expected.surprised == 0
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_loss_has_the_same_bits_whether_the_gradient_is_made_or_not(reduction, shape, axis, dtype, rng, order):
-    logits = (3 * rng.standard_normal(shape)).astype(DTYPES[dtype])
-    target = rng.integers(shape[axis], size=np.moveaxis(logits, axis, -1).shape[:-1])
-    without, made = (CudaCall(cuda, logits, target, Options(), axis, reduction) for _ in range(2))
-    without.forward(as_with_gradient=True)
-    made.forward(poisoned(logits))
-    assert_same_bits(without.loss, made.loss)
-    assert_same_bits(without.saved, made.saved)
-    assert_same_bits(without.scale, made.scale)
 
 
 # ---- options ----
@@ -450,103 +342,6 @@ def test_id_out_of_range_is_nan_in_its_row_alone(axis, bad, rng):
         np.testing.assert_array_equal(np.isnan(gradient).all(axis=-1), [False, True, False, False])
         np.testing.assert_array_equal(np.isnan(gradient).any(axis=-1), [False, True, False, False])
         assert np.isnan(CudaCall(cuda, logits, target, options, axis).forward())
-
-
-# ---- statistics ----
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("transformed", [False, True], ids=["plain", "transformed"])
-@pytest.mark.parametrize("classes", [1, 30, 1000, 9000])
-def test_statistics_are_those_of_the_oracle(classes, transformed, axis, dtype, rng):
-    logits = (2 * rng.standard_normal((5, classes))).astype(DTYPES[dtype])
-    logits[1, : classes // 2] = -INF
-    logits[2, classes // 3] = 30
-    ids = rng.integers(classes, size=(5, 3))
-    bias = aligned_weight(rng.standard_normal(classes), logits)
-    options = Options(temperature=0.8, softcap=50.0, bias=bias) if transformed else Options()
-    z = options.transformed(logits)
-    if transformed or classes == 1:
-        z, logits = z[[0, 2, 3, 4]], logits[[0, 2, 3, 4]]
-        ids = ids[[0, 2, 3, 4]]
-    out, saved = statistics(cuda, laid_out(logits, axis), ids, options=options, axis=axis)
-    expected = {name: reference.STATISTICS[name](z) for name in STATISTICS if name in reference.STATISTICS}
-    expected["logprob"] = reference.log_prob(z, ids)
-    unit = 2.0**-22 if accumulation(logits.dtype) == np.float32 else 2.0**-50
-    slack = (confident_slack(reference.log_softmax(z), logits.dtype) + transform_extra(logits, options)[:, 0] * unit).max()
-    with np.errstate(invalid="ignore"):
-        spread = np.where(np.isfinite(z), np.abs(z - z.max(axis=-1, keepdims=True)), 0).max() * unit
-    for name in ("logprob", "logsumexp", "entropy", "mean_logit", "sum_sq_prob", "max_prob"):
-        assert_loss_close(out[name], expected[name], logits.dtype, slack + spread)
-    if not transformed:
-        np.testing.assert_array_equal(out["argmax"], expected["argmax"])
-        np.testing.assert_array_equal(out["rank"], reference.rank(z, ids))
-    np.testing.assert_array_equal(saved[:, 2], 0)
-
-
-def laid_out(logits, axis):
-    return np.ascontiguousarray(logits.T) if axis == 0 else logits
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_argmax_and_rank_put_the_first_of_equals_first(dtype, axis, rng, order):
-    logits = rng.integers(-2, 3, (40, 1234)).astype(DTYPES[dtype])
-    ids = rng.integers(1234, size=(40, 2))
-    out, _ = statistics(cuda, laid_out(logits, axis), ids, ("argmax", "rank"), axis=axis)
-    z = reference.wide(logits)
-    np.testing.assert_array_equal(out["argmax"], reference.argmax(z))
-    np.testing.assert_array_equal(out["rank"], reference.rank(z, ids))
-
-
-def test_argmax_of_a_row_shared_among_blocks_is_the_first(rng):
-    logits = np.zeros((1, 200_000), np.float32)
-    logits[0, [7, 100_000, 199_999]] = 3
-    assert parts_of(logits) > 1
-    assert statistics(cuda, logits, want=("argmax",))[0]["argmax"] == [7]
-    logits[0, 7] = 0
-    assert statistics(cuda, logits, want=("argmax",))[0]["argmax"] == [100_000]
-
-
-def test_rows_without_a_normaliser_have_no_argmax_and_no_rank():
-    logits = np.array([[np.nan, 1.0, 2.0], [-INF, -INF, -INF], [0.0, INF, 1.0], [0.0, 2.0, 1.0]], np.float32)
-    out, _ = statistics(cuda, logits, np.array([[1], [1], [1], [2]]))
-    np.testing.assert_array_equal(out["argmax"], [-1, -1, -1, 1])
-    np.testing.assert_array_equal(out["rank"][:, 0], [-1, -1, -1, 1])
-    for name in ("logsumexp", "entropy", "mean_logit", "sum_sq_prob", "max_prob"):
-        np.testing.assert_array_equal(np.isnan(out[name]), [True, True, True, False])
-
-
-def test_statistics_of_an_id_out_of_range_are_nan_and_no_rank(rng):
-    logits = rng.standard_normal((3, 20)).astype(np.float32)
-    out, _ = statistics(cuda, logits, np.array([[0, 20], [-1, 5], [3, 19]]))
-    np.testing.assert_array_equal(np.isnan(out["logprob"]), [[False, True], [True, False], [False, False]])
-    np.testing.assert_array_equal(out["rank"] < 0, [[False, True], [True, False], [False, False]])
-
-
-@pytest.mark.parametrize("k", [1, 3, 40, 300])
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_of_statistics_is_that_of_the_oracle(dtype, axis, k, rng, order):
-    rows, classes = 4, 200
-    logits = (2 * rng.standard_normal((rows, classes))).astype(DTYPES[dtype])
-    ids = rng.integers(classes, size=(rows, k))  # more ids than classes: they occur again
-    g = rng.standard_normal((rows, k))
-    a, b, c, d = rng.standard_normal((4, rows))
-    z = reference.wide(logits)
-    _, saved = statistics(cuda, laid_out(logits, axis), want=("logsumexp",), axis=axis)
-    coefficients = np.ascontiguousarray(np.stack([a, b, c, d], -1))
-    out = statistics_gradient(
-        cuda, laid_out(logits, axis), saved, coefficients, ids, g, poisoned(laid_out(logits, axis)), axis=axis
-    )
-    p, x = reference.softmax(z), reference.shifted(z)
-    hits = np.zeros_like(z)
-    for i in range(k):
-        np.add.at(hits, (np.arange(rows), ids[:, i]), g[:, i])
-    expected = p * (a[:, None] + b[:, None] * x + c[:, None] * p) + d[:, None] - hits
-    scale = p * (np.abs(a)[:, None] + np.abs(b[:, None] * x) + np.abs(c)[:, None] * p) + np.abs(d)[:, None] + np.abs(hits)
-    assert_gradient_close(np.moveaxis(out, axis, -1), expected, 2 * scale, reference.log_softmax(z), logits.dtype, flushed=10.0)
 
 
 # ---- the module ----

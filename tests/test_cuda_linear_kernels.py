@@ -21,13 +21,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(params=[False, True], ids=["forwards", "backwards"])
-def order(request, monkeypatch):
-    """The order in which the threads of a block run."""
-    if request.param:
-        monkeypatch.setenv("FASTLOSS_EMULATION_BACKWARDS", "1")
-
-
 def problem(dtype, rng, soft=False, rows=ROWS, classes=CLASSES):
     logits = (3 * rng.standard_normal((rows, classes))).astype(DTYPES[dtype])
     target = rng.dirichlet(np.ones(classes), rows).astype(np.float32) if soft else rng.integers(classes, size=rows)

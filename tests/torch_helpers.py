@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between tensors and the oracle; CUDA without a GPU."""
+"""Between tensors and the oracle; logits, targets and options; CUDA without a GPU."""
 
 import contextlib
 import importlib
@@ -15,6 +15,8 @@ from helpers import bfloat16
 from reference import Options
 
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Those that have a gradient.
+STATISTICS = ("logprob", "logsumexp", "entropy", "mean_logit", "sum_sq_prob", "max_prob")
 
 
 def array(tensor):
@@ -63,6 +65,52 @@ def seeded_ids(classes, *shape, seed=0):
 
 def seeded_probabilities(*shape, dim=1, seed=0):
     return torch.softmax(seeded(*shape, seed=seed + 17), dim)
+
+
+def class_dim(shape):
+    return 1 if len(shape) > 1 else 0
+
+
+def ids_of(shape, ignored=True):
+    """Class ids for logits of this shape."""
+    dim = class_dim(shape)
+    ids = seeded_ids(shape[dim], *shape[:dim], *shape[dim + 1 :])
+    if ignored and ids.numel() > 2:
+        ids.view(-1)[1] = -100
+    return ids
+
+
+def target_of(shape, soft):
+    return seeded_probabilities(*shape, dim=class_dim(shape)).requires_grad_() if soft else ids_of(shape)
+
+
+# Options of losses over five classes.
+WEIGHT, BIAS = seeded(5, seed=3).abs() + 0.1, seeded(5, seed=4, scale=1.0)
+OPTIONS = {
+    "plain": {},
+    "none": {"reduction": "none"},
+    "sum": {"reduction": "sum"},
+    "weight and smoothing": {"weight": WEIGHT, "label_smoothing": 0.2},
+    "extras": {"z_loss": 0.1, "softcap": 3.0, "temperature": 0.7, "logit_bias": BIAS},
+    "denominator": {"denominator": 3.0},
+    "everything": {
+        "weight": WEIGHT,
+        "label_smoothing": 0.2,
+        "z_loss": 0.1,
+        "softcap": 3.0,
+        "temperature": 0.7,
+        "logit_bias": BIAS,
+    },
+}
+
+
+def run(function, logits, target, *args, upstream=None, **kwargs):
+    """Loss, and the gradients by logits and soft target."""
+    logits = logits.clone().requires_grad_()
+    target = target.clone().requires_grad_(target.is_floating_point())
+    loss = function(logits, target, *args, **kwargs)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), logits.grad, target.grad
 
 
 def np_rows(tensor, dim):
