@@ -123,6 +123,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release release;
     ordered_product(hidden, weight, pointer<const void>(bias), out);
   });
+  m.def("add_product", [](const Tensor& left, const Tensor& right, bool add, const Tensor& out) {
+    const py::gil_scoped_release release;
+    add_product(left, right, add, out);
+  });
   m.def("multiply",
         [](int64_t rows, uintptr_t start, uintptr_t ids, uintptr_t values, const Tensor& matrix, const Tensor& out) {
           const py::gil_scoped_release release;
@@ -132,10 +136,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
                         uintptr_t out_start, uintptr_t out_ids, uintptr_t out_values) {
     const py::gil_scoped_release release;
     transpose(sparse_rows(rows, start, ids, values), wide ? kF64 : kF32, sparse_rows(columns, out_start, out_ids, out_values));
-  });
-  m.def("hidden_product", [](std::array<uintptr_t, 2> product, const Tensor& grad, const Tensor& weight, const Tensor& out) {
-    const py::gil_scoped_release release;
-    hidden_product(block_product(product), grad, weight, out);
   });
   m.def("transposed_product", [](std::array<uintptr_t, 2> product, const Tensor& grad, const Tensor& hidden, uintptr_t total,
                                  bool add, const Tensor& rounded) {

@@ -190,7 +190,31 @@ struct RowKernels {
   // `step` apart, and bias (or null) have the accumulation type; `room` is for depth * kLanes numbers of it.
   void (*ordered_product)(const void* left, int64_t step, int64_t rows, const Tile& matrix, int64_t begin, int64_t end,
                           int64_t depth, const void* bias, const Tile& out, bool stream, void* room);
+
+  // out[i][j] = sum_k left[i][k] right[j][k] in the order of k, added to what is there if `add`; `out` has the accumulation
+  // type, and `room` is for room_of_product numbers of it.
+  void (*add_product)(const Tile& left, int64_t rows, const Tile& right, int64_t columns, int64_t depth, bool add, void* out,
+                      int64_t out_step, void* room);
 };
+
+namespace {
+
+// What a product takes at a time of its sums, and of the rows of its left factor: they share L2 with a panel of the right one.
+struct ProductBlocks {
+  int64_t depth, rows;
+};
+inline ProductBlocks product_blocks(int64_t depth) {
+  constexpr int64_t kMostDepth = 1408, kLeastRows = 48;  // 256 KiB of float32
+  const int64_t blocks = depth > kMostDepth ? (depth + kMostDepth - 1) / kMostDepth : 1;
+  const int64_t of_block = depth > blocks ? (depth + blocks - 1) / blocks : 1;
+  return {of_block, kMostDepth / of_block * kLeastRows};
+}
+inline int64_t room_of_product(int64_t columns, int64_t depth) {
+  const ProductBlocks blocks = product_blocks(depth);
+  return ((columns + kLanes - 1) / kLanes * kLanes + blocks.rows) * blocks.depth;
+}
+
+}  // namespace
 
 struct Kernels {
   const char* name;

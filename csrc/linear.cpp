@@ -44,6 +44,37 @@ void ordered_product(const Tensor& hidden, const Tensor& weight, const void* bia
   });
 }
 
+void add_product(const Tensor& left, const Tensor& right, bool add, const Tensor& out) {
+  constexpr int64_t kTasksOfThread = 8, kManyRows = 768, kLeastRows = 24, kMostColumns = 1024;
+  const int64_t rows = out.shape[0], columns = out.shape[1], depth = right.shape[0];
+  if (rows * columns == 0) return;
+  const RowKernels& table = out.dtype == kF64 ? kernels().f64 : kernels().f32;
+  const size_t itemsize = itemsize_of(out.dtype);
+  const int64_t threads = rows * columns * depth < kSerialProduct ? 1 : get_num_threads();
+  // A task packs what it reads of the right factor, some of its columns, and reads as many rows of the left: tasks are about as
+  // high as wide while there are as many as threads. Where there are many rows, there are more tasks, for an even end.
+  const int64_t panels = divided(columns, kLanes);
+  int64_t across = 1;
+  while (across < std::min(panels, threads) && across * across * rows < threads * columns) ++across;
+  const int64_t wide = divided(panels, across) * kLanes;
+  across = divided(columns, wide);
+  const int64_t least = std::min(divided(threads, across), divided(rows, kLeastRows));
+  const int64_t down = std::clamp(rows / kManyRows, least, kTasksOfThread * threads);
+  const auto moved = [](const Tensor& matrix, int64_t elements) { return matrix.data + elements * itemsize_of(matrix.dtype); };
+  parallel_for(across * down, static_cast<int>(threads), [&](int64_t task) {
+    thread_local Room<char> room;
+    const int64_t row = rows * (task / across) / down, rows_end = rows * (task / across + 1) / down;
+    const int64_t end = std::min(columns, (task % across + 1) * wide);
+    const Tile from{moved(left, row * left.strides[0]), left.dtype, left.strides[0], left.strides[1]};
+    for (int64_t first = task % across * wide; first < end; first += kMostColumns) {
+      const int64_t count = std::min(kMostColumns, end - first);
+      const Tile with{moved(right, first * right.strides[1]), right.dtype, right.strides[1], right.strides[0]};
+      table.add_product(from, rows_end - row, with, count, depth, add, moved(out, row * out.strides[0] + first), out.strides[0],
+                        room.of(room_of_product(count, depth) * itemsize));
+    }
+  });
+}
+
 void collect(const SampledGradient& sampled, Dtype values, const SparseRows& out) {
   const auto rows = static_cast<int64_t>(sampled.rows.size());
   out.start[0] = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sampled backward needs, with the same bits everywhere: logits, sparse gradients, and sums over them.
+// What linear cross-entropy needs, with the same bits everywhere: its products, sparse gradients, and sums over them.
 #pragma once
 
 #include "engine.hpp"
@@ -9,6 +9,10 @@ namespace fastloss {
 // out = hidden weight^T + bias, each sum in the order of the features and rounded once. The weight may have any strides and has
 // the dtype of `out`; hidden and bias (or null) have its accumulation type; hidden and out have adjacent columns.
 void ordered_product(const Tensor& hidden, const Tensor& weight, const void* bias, const Tensor& out);
+
+// out = left right, or that added to `out`, each sum in the order of the rows of `right`. The factors may have any strides and
+// types of the accumulation type that `out` has; its columns are adjacent.
+void add_product(const Tensor& left, const Tensor& right, bool add, const Tensor& out);
 
 // A sparse matrix in compressed rows: row r holds ids[start[r]] ... ids[start[r + 1]], in ascending order, with their values
 // of the accumulation type.

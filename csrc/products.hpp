@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The matrix products of the gradients of linear cross-entropy, cut into blocks that stay in the cache; a library multiplies
-// the blocks.
+// The product of bfloat16 matrices that makes gradients by the weights, cut into blocks that stay in the cache; a library
+// multiplies the blocks, with instructions for bfloat16.
 #pragma once
 
 #include "engine.hpp"
@@ -16,12 +16,9 @@ struct BlockProduct {
   void (*release)(bool b_is_interleaved);
 };
 
-// out = grad weight, all float32. The weight may have any strides, the others adjacent columns.
-void hidden_product(BlockProduct product, const Tensor& grad, const Tensor& weight, const Tensor& out);
-
-// total = grad^T hidden, or total + grad^T hidden, for matrices of bfloat16 or float32 with adjacent columns and a float32
-// total (null: nobody wants it). The sum goes to `rounded` as well, which may be empty. What PyTorch itself offers rounds each
-// product of bfloat16 matrices to bfloat16, and has no fast form of this product of float32 matrices.
+// total = grad^T hidden, or total + grad^T hidden, for matrices of bfloat16 with adjacent columns and a float32 total (null:
+// nobody wants it). The sum goes to `rounded` as well, which may be empty. What PyTorch itself offers rounds each product to
+// bfloat16.
 void transposed_product(BlockProduct product, const Tensor& grad, const Tensor& hidden, float* total, bool add,
                         const Tensor& rounded);
 

@@ -165,3 +165,20 @@ def test_products_that_make_logits(shape, dtype, where, guarded, rng, isa):
         _cpu.ordered_product(binding.tensor(h, 1), binding.tensor(w, 1), b.ctypes.data, binding.tensor(o, 1))
         results.append(o.copy())
     assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("where", ["start", "end", "misaligned"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 5), (13, 70, 33), (6, 64, 100), (5, 129, 64)], ids=str)
+def test_products_that_make_gradients(shape, transposed, dtype, where, guarded, rng, isa):
+    rows, depth, columns = shape
+    dtype = DTYPES[dtype]
+    left = rng.standard_normal((depth, rows) if transposed else (rows, depth)).astype(dtype)
+    right = rng.standard_normal((depth, columns)).astype(dtype)
+    out = np.ones((rows, columns), accumulation(dtype))
+    results = []
+    for a, b, o in ((left, right, out), [guarded(array, where) for array in (left, right, out)]):
+        _cpu.add_product(binding.tensor(a.T if transposed else a, 1), binding.tensor(b, 1), True, binding.tensor(o, 1))
+        results.append(o.copy())
+    assert_same_bits(*results)

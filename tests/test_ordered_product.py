@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product that makes logits: right for any layout, and the same bits for any threads, chunks and instruction sets."""
+"""The products of linear cross-entropy: right for any layout, and the same bits for any threads, chunks, instruction sets."""
 
 import numpy as np
 import pytest
@@ -122,3 +122,76 @@ def test_infinities_and_nan_are_those_of_the_formula(isa):
     weight = np.array([[1.0, 2.0], [-1.0, np.inf], [0.0, 0.0]], np.float32)
     expected = np.array([[1, np.nan, 0], [np.inf, np.nan, np.nan], [np.nan] * 3], np.float32)
     np.testing.assert_array_equal(product(hidden, weight), expected)
+
+
+# ---- the product that makes gradients ----
+
+
+def sum_of_products(left, right, add=None, out=None):
+    """left @ right, added to `add`."""
+    out = np.full((len(left), right.shape[1]), np.nan, accumulation(right.dtype)) if out is None else out
+    if add is not None:
+        out[...] = add
+    _cpu.add_product(tensor(left, 1), tensor(right, 1), add is not None, tensor(out, 1))
+    return out
+
+
+PRODUCTS = [(1, 1, 1), (3, 70, 5), (300, 7, 65), (7, 1500, 130), (900, 3, 64), (13, 300, 1), (5, 0, 3), (40, 2900, 3)]
+
+
+def factors_of_sum(shape, dtype, rng, layouts=("rows", "rows")):
+    rows, depth, columns = shape
+
+    def draw(*lengths):
+        return rng.standard_normal(lengths).astype(dtype)
+
+    return LAYOUTS[layouts[0]](rows, depth, draw), LAYOUTS[layouts[1]](depth, columns, draw)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", ["rows", "columns", "backwards"])
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_sums_of_products_are_right_for_any_layout(shape, left, right, dtype, rng, set_threads):
+    left, right = factors_of_sum(shape, DTYPES[dtype], rng, (left, right))
+    exact, scale = (f(left.astype(np.float64)) @ f(right.astype(np.float64)) for f in (lambda x: x, np.abs))
+    unit = 2.0**-53 if dtype == "float64" else 2.0**-24
+    for threads in (1, 2, 7):
+        set_threads(threads)
+        found = sum_of_products(left, right)
+        assert (np.abs(found - exact) <= (shape[1] + 1) * unit * scale).all()
+        more = sum_of_products(left, right, add=found)
+        assert (np.abs(more - 2 * exact) <= 2 * (shape[1] + 1) * unit * (2 * scale)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_sums_of_products_have_the_same_bits_for_any_threads_parts_and_isa(shape, dtype, rng, set_threads):
+    left, right = factors_of_sum(shape, DTYPES[dtype], rng, ("columns", "rows"))
+    before = fastloss.isa()
+    try:
+        _cpu.set_isa("scalar")
+        expected = sum_of_products(left, right)
+        for isa in fastloss.available_isas():
+            _cpu.set_isa(isa)
+            for threads, rows, depth in ((1, 1000, 5000), (2, 1000, 5000), (7, 1000, 5000), (40, 17, 5000), (3, 1000, 64)):
+                set_threads(threads)
+                found = np.full_like(expected, np.nan)
+                for row in range(0, shape[0], rows):
+                    part = found[row : row + rows]
+                    for k in range(0, max(1, shape[1]), depth):
+                        factors = left[row : row + rows, k : k + depth], right[k : k + depth]
+                        sum_of_products(*factors, add=part.copy() if k else None, out=part)
+                assert_same_bits(found, expected)
+    finally:
+        _cpu.set_isa(before)
+
+
+@pytest.mark.parametrize("columns", [63, 64, 130])
+def test_sums_of_products_are_written_between_other_columns_and_nowhere_else(columns, rng, isa):
+    left, right = factors_of_sum((9, 5, columns), np.dtype(np.float32), rng)
+    room = np.full((11, columns + 4), 7, np.float32)
+    sum_of_products(left, right, out=room[1:10, 2 : 2 + columns])
+    assert_same_bits(np.ascontiguousarray(room[1:10, 2 : 2 + columns]), sum_of_products(left, right))
+    room[1:10, 2 : 2 + columns] = 7
+    assert (room == 7).all()

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 
 from fastloss._chunks import slices
-from fastloss.torch.matmul import _PRODUCTS, _blas_logits, _own_logits, weight_product
+from fastloss.torch import matmul
 
 from ..jobs import Job
 from .case import LinearCase
 
 HeadLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 ROLES = ("logits", "hidden", "weight")
-BLOCKS, OWN = "blocks", "fastloss"
+BLAS, ONEDNN, OWN = "blas", "onednn", "fastloss"
 
 
 class LossAndGradients(Job):
@@ -47,39 +47,48 @@ class Buffers:
         self.by_hidden, self.by_weight = torch.zeros_like(case.hidden), torch.zeros_like(case.weight)
 
 
-def _by_blocks(grad: torch.Tensor, hidden: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    weight_product(grad, hidden, None, out, add=add, last=True)
-
-
 class Product(Job):
     """One of the three products by one library, so many tokens at a time: no sum over chunks, no loss, no fresh memory."""
 
     def __init__(self, case: LinearCase, buffers: Buffers, role: str, library: str, tokens: int) -> None:
-        self.case, self.buffers, self.role, self.tokens = case, buffers, role, tokens
-        of_role = {"blas": _blas_logits, OWN: _own_logits} if role == "logits" else _PRODUCTS[role]
-        self.product = of_role.get(library, _by_blocks)
+        self.case, self.buffers, self.role, self.library, self.tokens = case, buffers, role, library, tokens
 
     def run(self) -> None:
         hidden, weight, room = self.case.hidden, self.case.weight, self.buffers
         for part in slices(len(hidden), self.tokens):
             logits = room.logits[: part.stop - part.start]
-            if self.role == "logits":
-                self.product(hidden[part], weight, None, logits)
-            elif self.role == "hidden":
-                self.product(logits, weight, room.by_hidden[part])
+            if self.library == OWN:
+                self._by_fastloss(logits, hidden[part], room.by_hidden[part])
+                continue
+            left, right, out = {
+                "logits": (hidden[part], weight.t(), logits),
+                "hidden": (logits, weight, room.by_hidden[part]),
+                "weight": (logits.t(), hidden[part], room.by_weight),
+            }[self.role]
+            if self.library == BLAS:
+                torch.mm(left, right, out=out)
             else:
-                self.product(logits, hidden[part], room.by_weight, False)
+                out.copy_(torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], ""))
+
+    def _by_fastloss(self, logits: torch.Tensor, hidden: torch.Tensor, by_hidden: torch.Tensor) -> None:
+        if self.role == "logits":
+            matmul.logits_product(hidden, self.case.weight, None, logits)
+        elif self.role == "hidden":
+            matmul.hidden_product(logits, self.case.weight, by_hidden)
+        else:
+            matmul.weight_product(logits, hidden, None, self.buffers.by_weight, add=False, last=True)
 
 
 def products(case: LinearCase) -> dict[tuple[str, str, int], Job]:
     """Each product by each library for this dtype, with all tokens at once and with as many as fastloss takes.
 
-    Those of bfloat16 are PyTorch's; those by which fastloss makes logits and the gradient by the weights come along.
+    PyTorch's operator of oneDNN has no fast form of the product that makes the gradient by the weights. Of bfloat16 all but
+    that one are PyTorch's.
     """
     if case.dtype == "float32":
-        libraries = {"logits": ("blas", OWN), "hidden": ("blas", "onednn"), "weight": ("blas", "onednn")}
+        libraries = {"logits": (BLAS, ONEDNN, OWN), "hidden": (BLAS, ONEDNN, OWN), "weight": (BLAS, OWN)}
     else:
-        libraries = {"logits": ("blas", OWN), "hidden": ("blas",), "weight": ("blas", BLOCKS)}
+        libraries = {"logits": (BLAS,), "hidden": (BLAS,), "weight": (BLAS, OWN)}
     buffers = Buffers(case)
     return {
         (role, library, size): Product(case, buffers, role, library, size)

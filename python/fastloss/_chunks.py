@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from fastloss import _options
 
 CHUNK_LOGITS = 1 << 26  # with many more the products gain nothing, with half of them a twentieth is lost
-BLOCK_BYTES = 1 << 24  # of a product that is added to a sum: it should still be in the cache when it is
 
 
 class Projection(Protocol):

@@ -269,14 +269,8 @@ class _Projection:
         return out
 
     def carry_back(self, tokens: slice, grad: Array) -> None:
-        hidden = self._hidden[tokens]
-        np.matmul(grad, self._factors.weight, out=self._grad_hidden[tokens])
-        rows = max(1, _chunks.BLOCK_BYTES // max(1, hidden.shape[1] * hidden.itemsize))
-        for classes in _chunks.slices(self._factors.classes, rows):
-            if tokens.start == 0:
-                np.matmul(grad[:, classes].T, hidden, out=self._grad_weight[classes])
-            else:
-                self._grad_weight[classes] += grad[:, classes].T @ hidden
+        _add_product(grad, self._factors.weight, self._grad_hidden[tokens], add=False)
+        _add_product(grad.T, self._hidden[tokens], self._grad_weight, add=tokens.start > 0)
         if self._factors.bias is not None:
             self._grad_bias += grad.sum(axis=0)
 
@@ -288,6 +282,10 @@ class _Projection:
             by_hidden = np.zeros_like(self._factors.hidden)
             by_hidden[self._kept] = self._grad_hidden
         return _as_written(by_hidden, self._grad_weight, self._grad_bias, self._factors)
+
+
+def _add_product(left: Array, right: Array, out: Array, *, add: bool) -> None:
+    _cpu.add_product(_arrays.tensor(left, 1), _arrays.tensor(right, 1), add, _arrays.tensor(out, 1))
 
 
 def _reduced(losses: Array, kept: Array | None, factors: _Factors, options: _options.LossOptions, divisor: float) -> Any:
