@@ -190,6 +190,7 @@ void add_product(const Tile& left, int64_t rows, const Tile& right, int64_t colu
                  int64_t out_step, void* room) {
   using A = typename V::T;
   constexpr A kZeros[kLanes] = {};
+  A part[kProductRows * kLanes] = {};  // of the last panel, if that is not full
   const ProductBlocks blocks = product_blocks(depth);
   A* const panels = static_cast<A*>(room);
   A* const packed = panels + (columns + kLanes - 1) / kLanes * kLanes * blocks.depth;
@@ -208,7 +209,6 @@ void add_product(const Tile& left, int64_t rows, const Tile& right, int64_t colu
         for (int64_t row = begin; row < end;) {
           const int lines = end - row >= kProductRows ? kProductRows : 1;
           A* const there = static_cast<A*>(out) + row * out_step + first;
-          A part[kProductRows * kLanes];  // of a panel that is not full
           for (int i = 0; i < lines && !full && adds; ++i) {
             __builtin_memcpy(part + i * kLanes, there + i * out_step, width * sizeof(A));
           }

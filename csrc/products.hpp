@@ -7,9 +7,9 @@
 
 namespace fastloss {
 
-// c = a b, or c + a b, for small blocks: a of m rows and k columns; b of k rows, for bfloat16 in pairs that are interleaved; c
-// float32. These are PyTorch's at::native::cpublas::brgemm and brgemm_release: on CPUs with tile registers the product leaves
-// them set up for its shape, and takes them to be so at its next call in this thread, unless they are released.
+// c = a b, or c + a b, for small blocks of bfloat16: a of m rows and k columns, b of k rows in interleaved pairs; c is float32.
+// These are PyTorch's at::native::cpublas::brgemm and brgemm_release: on CPUs with tile registers the product leaves them set
+// up for its shape, and takes them to be so at its next call in this thread, unless they are released.
 struct BlockProduct {
   void (*multiply)(int64_t m, int64_t n, int64_t k, int64_t step_a, int64_t step_b, int64_t step_c, bool add, const void* a,
                    const void* b, float* c, bool b_is_interleaved);

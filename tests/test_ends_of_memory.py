@@ -169,16 +169,17 @@ def test_products_that_make_logits(shape, dtype, where, guarded, rng, isa):
 
 @pytest.mark.parametrize("where", ["start", "end", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 5), (13, 70, 33), (6, 64, 100), (5, 129, 64)], ids=str)
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True)], ids=["none", "left", "right"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 5), (13, 70, 33), (6, 64, 100), (5, 129, 64), (7, 1500, 3)], ids=str)
 def test_products_that_make_gradients(shape, transposed, dtype, where, guarded, rng, isa):
     rows, depth, columns = shape
     dtype = DTYPES[dtype]
-    left = rng.standard_normal((depth, rows) if transposed else (rows, depth)).astype(dtype)
-    right = rng.standard_normal((depth, columns)).astype(dtype)
+    left = rng.standard_normal((depth, rows) if transposed[0] else (rows, depth)).astype(dtype)
+    right = rng.standard_normal((columns, depth) if transposed[1] else (depth, columns)).astype(dtype)
     out = np.ones((rows, columns), accumulation(dtype))
     results = []
     for a, b, o in ((left, right, out), [guarded(array, where) for array in (left, right, out)]):
-        _cpu.add_product(binding.tensor(a.T if transposed else a, 1), binding.tensor(b, 1), True, binding.tensor(o, 1))
+        factors = [binding.tensor(f.T if turned else f, 1) for f, turned in zip((a, b), transposed, strict=True)]
+        _cpu.add_product(*factors, True, binding.tensor(o, 1))
         results.append(o.copy())
     assert_same_bits(*results)

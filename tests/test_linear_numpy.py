@@ -6,7 +6,7 @@ import pytest
 
 import fastloss
 import reference
-from helpers import DTYPES
+from helpers import DTYPES, assert_same_bits
 from reference import Options
 
 try:
@@ -80,6 +80,26 @@ def test_every_dtype_comes_back_and_is_rounded_once(dtype, rng):
     for got, expected in zip(grads, exact, strict=True):
         assert got.dtype == DTYPES[dtype]
         np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_have_the_same_bits_for_any_chunks_threads_and_isa(dtype, rng, set_threads):
+    hidden, weight, bias = factors(rng, DTYPES[dtype], (131,))
+    target = rng.integers(CLASSES, size=131)
+    isa, results = fastloss.isa(), []
+    try:
+        for threads, chunk_tokens, name in ((2, None, isa), (1, 1, isa), (3, 7, "scalar"), (24, 50, isa)):
+            set_threads(threads)
+            fastloss._cpu.set_isa(name)
+            _, grads = fastloss.linear_cross_entropy(
+                hidden, weight, target, bias=bias, return_grad=True, chunk_tokens=chunk_tokens
+            )
+            results.append(grads)
+    finally:
+        fastloss._cpu.set_isa(isa)
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("leading", [(), (2, 3), (0,), (2, 0, 3)])

@@ -136,7 +136,17 @@ def sum_of_products(left, right, add=None, out=None):
     return out
 
 
-PRODUCTS = [(1, 1, 1), (3, 70, 5), (300, 7, 65), (7, 1500, 130), (900, 3, 64), (13, 300, 1), (5, 0, 3), (40, 2900, 3)]
+PRODUCTS = [
+    (1, 1, 1),
+    (3, 70, 5),
+    (300, 7, 65),
+    (7, 1500, 130),
+    (900, 3, 64),
+    (13, 300, 1),
+    (5, 0, 3),
+    (100, 2900, 3),
+    (3, 5, 1100),
+]
 
 
 def factors_of_sum(shape, dtype, rng, layouts=("rows", "rows")):
@@ -159,6 +169,7 @@ def test_sums_of_products_are_right_for_any_layout(shape, left, right, dtype, rn
     for threads in (1, 2, 7):
         set_threads(threads)
         found = sum_of_products(left, right)
+        assert_same_bits(found, sum_of_products(np.ascontiguousarray(left), np.ascontiguousarray(right)))
         assert (np.abs(found - exact) <= (shape[1] + 1) * unit * scale).all()
         more = sum_of_products(left, right, add=found)
         assert (np.abs(more - 2 * exact) <= 2 * (shape[1] + 1) * unit * (2 * scale)).all()

@@ -82,13 +82,12 @@ class Product(Job):
 def products(case: LinearCase) -> dict[tuple[str, str, int], Job]:
     """Each product by each library for this dtype, with all tokens at once and with as many as fastloss takes.
 
-    PyTorch's operator of oneDNN has no fast form of the product that makes the gradient by the weights. Of bfloat16 all but
-    that one are PyTorch's.
+    PyTorch's operator of oneDNN has no fast form of the product that makes the gradient by the weights.
     """
     if case.dtype == "float32":
         libraries = {"logits": (BLAS, ONEDNN, OWN), "hidden": (BLAS, ONEDNN, OWN), "weight": (BLAS, OWN)}
     else:
-        libraries = {"logits": (BLAS,), "hidden": (BLAS,), "weight": (BLAS, OWN)}
+        libraries = dict.fromkeys(ROLES, (BLAS, OWN))
     buffers = Buffers(case)
     return {
         (role, library, size): Product(case, buffers, role, library, size)

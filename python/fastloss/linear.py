@@ -272,7 +272,7 @@ class _Projection:
         _add_product(grad, self._factors.weight, self._grad_hidden[tokens], add=False)
         _add_product(grad.T, self._hidden[tokens], self._grad_weight, add=tokens.start > 0)
         if self._factors.bias is not None:
-            self._grad_bias += grad.sum(axis=0)
+            _add_product(np.ones((1, len(grad)), grad.dtype), grad, self._grad_bias[None], add=True)
 
     def gradients(self) -> Gradients:
         if self.tokens == 0:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix products of linear cross-entropy.
 
-They are our own, `csrc/ordered.hpp`: each of their sums has one order, so that logits, samples and the exact gradients by
-hidden states and weights are the same for any number of threads, any chunks and any CPU. On the CPU of our benchmarks they are
-as fast as oneDNN's in float32, and faster than any product of PyTorch in float64 and float16. Where the CPU multiplies bfloat16
+They are our own, `csrc/ordered.hpp`: each of their sums has one order, so that logits, samples and exact gradients are the same
+for any number of threads, any chunks and any CPU. On the CPU of our benchmarks they are as fast as oneDNN's in float32, and
+faster than any product of PyTorch in float64 and float16. Where the CPU multiplies bfloat16
 itself, PyTorch's products of that are twice as fast: `torch.mm`, which for many classes has the same bits for any threads and
 chunks, too; and for the gradient by the weights, which `torch.mm` would round to bfloat16 with each chunk, oneDNN's small
 blocks, which `csrc/products.cpp` puts together.
@@ -68,6 +68,11 @@ def weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tens
             _add_product(factor, hidden, block, add=add)
             if last:
                 out[classes] = block
+
+
+def add_rows(grad: Tensor, total: Tensor) -> None:
+    """total += grad.sum(0), in the order of the tokens."""
+    _add_product(torch.ones((1, len(grad)), dtype=total.dtype, device="cpu"), grad, total[None], add=True)
 
 
 def _add_product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:

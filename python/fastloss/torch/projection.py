@@ -80,7 +80,7 @@ class Projection:
             last = tokens.stop == self.tokens
             matmul.weight_product(grad, hidden, self._sum_weight, self._grad_weight, add=tokens.start > 0, last=last)
         if self._sum_bias is not None:
-            self._sum_bias += grad.sum(0, dtype=self._sum_bias.dtype)
+            matmul.add_rows(grad, self._sum_bias)
 
     def gradients(self) -> list[Tensor]:
         """The gradients by hidden states, weight and bias; empty where they are not wanted."""
