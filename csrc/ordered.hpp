@@ -111,12 +111,42 @@ void ordered_sums(const Left<typename V::T>& left, const typename V::T* panel, i
   }
 }
 
+// Those of all rows of the left factor and the first `width` columns of a panel: kProductRows at a time, what is left one by
+// one. `start` is a row of the accumulation type, or null: then sums begin with what is in `out`. Calls before(row, count) of
+// each.
+template <class V, class T, class Before>
+void panel_sums(const Left<typename V::T>& left, int64_t rows, const typename V::T* panel, int64_t depth, int64_t width,
+                const typename V::T* start, T* out, int64_t out_step, bool stream, Before before) {
+  using A = typename V::T;
+  T part[kProductRows * kLanes] = {};  // of a panel that is not full
+  const bool full = width == kLanes;
+  for (int64_t row = 0; row < rows;) {
+    const int count = rows - row >= kProductRows ? kProductRows : 1;
+    before(row, count);
+    T* const there = out + row * out_step;
+    T* const to = full ? there : part;
+    const int64_t to_step = full ? out_step : kLanes;
+    Start<A> from = {start, 0};
+    if constexpr (sizeof(T) == sizeof(A)) {
+      for (int i = 0; i < count && !start && !full; ++i) {
+        __builtin_memcpy(part + i * kLanes, there + i * out_step, width * sizeof(T));
+      }
+      if (!start) from = {to, to_step};
+    }
+    count == kProductRows ? ordered_sums<V, kProductRows>(left.from(row), panel, depth, from, to, to_step, stream && full)
+                          : ordered_sums<V, 1>(left.from(row), panel, depth, from, to, to_step, stream && full);
+    for (int i = 0; i < count && !full; ++i) {
+      __builtin_memcpy(there + i * out_step, part + i * kLanes, width * sizeof(T));
+    }
+    row += count;
+  }
+}
+
 // Panel after panel of the columns from `begin` to `end`.
 template <class V>
 void ordered_product(const void* left, int64_t step, int64_t rows, const Tile& matrix, int64_t begin, int64_t end,
                      int64_t depth, const void* bias, const Tile& out, bool stream, void* room) {
   using A = typename V::T;
-  constexpr int kRows = kProductRows;
   const Left<A> from = {static_cast<const A*>(left), kProductRows * step, step, 1};
   A* const panel = static_cast<A*>(room);
   with_storage(out.dtype, [&](auto tag) {
@@ -128,20 +158,11 @@ void ordered_product(const void* left, int64_t step, int64_t rows, const Tile& m
         A start[kLanes] = {};
         if (bias) __builtin_memcpy(start, static_cast<const A*>(bias) + first, columns * sizeof(A));
         pack_columns<V>(matrix, first, columns, 0, depth, panel);
-        T part[kRows * kLanes];  // of a panel that is not full
-        const bool full = columns == kLanes;
-        for (int64_t row = 0; row < rows;) {
-          const int count = rows - row >= kRows ? kRows : 1;
-          if (next > 0) fetch_rows(matrix, behind + next * row / rows, behind + next * (row + count) / rows, depth);
-          T* const to = full ? element<T>(out, row, first) : part;
-          const int64_t to_step = full ? out.row_step : kLanes;
-          count == kRows ? ordered_sums<V, kRows>(from.from(row), panel, depth, {start, 0}, to, to_step, stream && full)
-                         : ordered_sums<V, 1>(from.from(row), panel, depth, {start, 0}, to, to_step, stream && full);
-          for (int i = 0; i < count && !full; ++i) {
-            __builtin_memcpy(element<T>(out, row + i, first), part + i * kLanes, columns * sizeof(T));
-          }
-          row += count;
-        }
+        panel_sums<V>(from, rows, panel, depth, columns, start, element<T>(out, 0, first), out.row_step, stream,
+                      [&](int64_t row, int count) {
+                        if (next <= 0) return;
+                        fetch_rows(matrix, behind + next * row / rows, behind + next * (row + count) / rows, depth);
+                      });
       }
     }
   });
@@ -190,10 +211,9 @@ void add_product(const Tile& left, int64_t rows, const Tile& right, int64_t colu
                  int64_t out_step, void* room) {
   using A = typename V::T;
   constexpr A kZeros[kLanes] = {};
-  A part[kProductRows * kLanes] = {};  // of the last panel, if that is not full
   const ProductBlocks blocks = product_blocks(depth);
-  A* const panels = static_cast<A*>(room);
-  A* const packed = panels + (columns + kLanes - 1) / kLanes * kLanes * blocks.depth;
+  A* const packed = static_cast<A*>(room);
+  A* const panels = packed + blocks.rows * blocks.depth;
   for (int64_t from = 0; from == 0 || from < depth; from += blocks.depth) {  // an empty sum is 0
     const int64_t count = smaller(blocks.depth, depth - from);
     const bool adds = add || from > 0;
@@ -205,28 +225,13 @@ void add_product(const Tile& left, int64_t rows, const Tile& right, int64_t colu
       const Left<A> block = left_rows<V>(left, begin, end - begin, from, count, packed);
       for (int64_t first = 0; first < columns; first += kLanes) {
         const int64_t width = smaller(kLanes, columns - first);
-        const bool full = width == kLanes;
-        for (int64_t row = begin; row < end;) {
-          const int lines = end - row >= kProductRows ? kProductRows : 1;
-          A* const there = static_cast<A*>(out) + row * out_step + first;
-          for (int i = 0; i < lines && !full && adds; ++i) {
-            __builtin_memcpy(part + i * kLanes, there + i * out_step, width * sizeof(A));
-          }
-          for (int i = kProductRows; i < 2 * kProductRows && row + i < end; ++i) {  // where the next sums go
-            for (int64_t j = 0; j < width; j += 64 / sizeof(A)) __builtin_prefetch(there + i * out_step + j, 1);
-          }
-          A* const to = full ? there : part;
-          const int64_t to_step = full ? out_step : kLanes;
-          const Start<A> start = adds ? Start<A>{to, to_step} : Start<A>{kZeros, 0};
-          const A* const panel = panels + first * count;
-          lines == kProductRows
-              ? ordered_sums<V, kProductRows>(block.from(row - begin), panel, count, start, to, to_step, false)
-              : ordered_sums<V, 1>(block.from(row - begin), panel, count, start, to, to_step, false);
-          for (int i = 0; i < lines && !full; ++i) {
-            __builtin_memcpy(there + i * out_step, part + i * kLanes, width * sizeof(A));
-          }
-          row += lines;
-        }
+        A* const to = static_cast<A*>(out) + begin * out_step + first;
+        panel_sums<V>(block, end - begin, panels + first * count, count, width, adds ? nullptr : kZeros, to, out_step, false,
+                      [&](int64_t row, int) {  // where the next sums go
+                        for (int64_t i = row + kProductRows; i < smaller(row + 2 * kProductRows, end - begin); ++i) {
+                          for (int64_t j = 0; j < width; j += 64 / sizeof(A)) __builtin_prefetch(to + i * out_step + j, 1);
+                        }
+                      });
       }
     }
   }

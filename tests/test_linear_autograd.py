@@ -24,9 +24,6 @@ from linear_helpers import (  # noqa: E402
 )
 from torch_helpers import here, same_bits, seeded, seeded_ids  # noqa: E402
 
-# torch.compile itself makes an instance of the class that it says must have none.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 ours = fastloss.torch.linear_cross_entropy
 
 

@@ -25,9 +25,6 @@ from linear_helpers import (  # noqa: E402
 )
 from torch_helpers import STATISTICS, here, same_bits, seeded, seeded_ids, seeded_probabilities  # noqa: E402
 
-# torch.compile itself makes an instance of the class that it says must have none.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
 ours = fastloss.torch.linear_cross_entropy
 REDUCTIONS = ("mean", "sum", "none")
 needs_that_of_pytorch = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs PyTorch 2.13")

@@ -239,8 +239,6 @@ def test_calls_that_raise(call, no_work):
         function()
 
 
-# torch.compile itself makes an instance of the class that it says must have none.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_torch_compile_raises(fullgraph, no_work):
     factors = leaves()

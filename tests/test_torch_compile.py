@@ -8,11 +8,7 @@ torch = pytest.importorskip("torch")
 import fastloss.torch  # noqa: E402
 from torch_helpers import OPTIONS, STATISTICS, here, same_bits, seeded, seeded_ids, seeded_probabilities, target_of  # noqa: E402
 
-# torch.compile itself makes an instance of the class that it says must have none.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.usefixtures("device"),
-]
+pytestmark = pytest.mark.usefixtures("device")
 
 ours = fastloss.torch.cross_entropy
 

@@ -3,10 +3,10 @@
 
 They are our own, `csrc/ordered.hpp`: each of their sums has one order, so that logits, samples and exact gradients are the same
 for any number of threads, any chunks and any CPU. On the CPU of our benchmarks they are as fast as oneDNN's in float32, and
-faster than any product of PyTorch in float64 and float16. Where the CPU multiplies bfloat16
-itself, PyTorch's products of that are twice as fast: `torch.mm`, which for many classes has the same bits for any threads and
-chunks, too; and for the gradient by the weights, which `torch.mm` would round to bfloat16 with each chunk, oneDNN's small
-blocks, which `csrc/products.cpp` puts together.
+faster than any product of PyTorch in float64 and float16. Where the CPU multiplies bfloat16 itself, PyTorch's products of that
+are twice as fast: `torch.mm`, which for many classes has the same bits for any threads and chunks, too; and for the gradient by
+the weights, which `torch.mm` would round to bfloat16 with each chunk, oneDNN's small blocks, which `csrc/products.cpp` puts
+together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BLOCK_BYTES = 1 << 24  # of float32 sums that are rounded to 16 bits next: they
 def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = hidden @ weight.T + bias."""
     classes, features = weight.shape
-    if not _multiplied_by_pytorch(weight.dtype) or classes < _CLASSES or features < _FEATURES:
+    if _blocks_of(weight.dtype) is None or classes < _CLASSES or features < _FEATURES:
         sums = accumulation_dtype(weight.dtype)
         wide, start = hidden.to(sums), None if bias is None else bias.to(sums).contiguous()
         _cpu.ordered_product(describe(wide, 1), describe(weight, 1), address(start), describe(out, 1))
@@ -40,7 +40,7 @@ def logits_product(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Ten
 
 def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = grad @ weight."""
-    if _multiplied_by_pytorch(weight.dtype):
+    if _blocks_of(weight.dtype) is not None:
         torch.mm(grad, weight, out=out)
         return
     sums = accumulation_dtype(out.dtype)
@@ -56,11 +56,12 @@ def weight_product(grad: Tensor, hidden: Tensor, total: Tensor | None, out: Tens
     For 16-bit factors the sum is made in `total`, of float32, and goes to `out` if this product is its `last`; None, if it is
     the only one.
     """
+    blocks = _blocks_of(hidden.dtype)
     if hidden.dtype in (torch.float32, torch.float64):
         _add_product(grad.t(), hidden, out, add=add)
-    elif _BLOCKS is not None and hidden.dtype == torch.bfloat16:
+    elif blocks is not None:
         to = describe(out, 1) if last else None
-        _cpu.transposed_product(_BLOCKS, describe(grad, 1), describe(hidden, 1), address(total), add, to)
+        _cpu.transposed_product(blocks, describe(grad, 1), describe(hidden, 1), address(total), add, to)
     else:
         for classes in slices(grad.shape[1], max(1, _BLOCK_BYTES // (4 * hidden.shape[1]))):
             factor = grad[:, classes].t()
@@ -79,8 +80,9 @@ def _add_product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None
     _cpu.add_product(describe(left, 1), describe(right, 1), add, describe(out, 1))
 
 
-def _multiplied_by_pytorch(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and _BLOCKS is not None
+def _blocks_of(dtype: torch.dtype) -> Blocks | None:
+    """The small blocks of a dtype that PyTorch multiplies; None where we do."""
+    return _BLOCKS if dtype == torch.bfloat16 else None
 
 
 def _find_blocks() -> Blocks | None:
