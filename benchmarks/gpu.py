@@ -70,11 +70,13 @@ def main() -> None:
     arguments = parser.parse_args()
     gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     path = RESULTS / f"cuda-{gpu}.json"
-    results: dict[str, Any] = {"machine": machine(), "rows": [], "linear": []}
+    results: dict[str, Any] = {"machine": machine(), "rows": [], "linear": [], "kernels": []}
     for found in run(CASES[: arguments.cases], arguments.seconds):
         write(results, "rows", found, path)
     for found in gpu_linear.run(gpu_linear.CASES[: arguments.cases], arguments.linear_seconds):
         write(results, "linear", found, path)
+    measured = {row["case"] for row in results["linear"]}
+    write(results, "kernels", gpu_linear.kernels(tuple(case for case in gpu_linear.CASES if case.name in measured)), path)
     try:
         from benchmarks import gpu_plots
     except ImportError as error:

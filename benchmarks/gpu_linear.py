@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_peers import LINEAR_PEERS, LinearLoss
-from benchmarks.gpu_timing import Job, Jobs, interleave
+from benchmarks.gpu_timing import Job, Jobs, interleave, kernels_of
 
 ROUNDS = 9
 CHECKED_ROWS = 64
 LOSS_TOLERANCE = 2e-2  # relative: eager rounds it to 16 bits
 GRADIENT_TOLERANCE = 5e-2  # of the length of the rows that are checked
+OURS = ("fastloss exact", "fastloss sampled")
+SHOWN_MS = 0.02
 # A sample is random: how far from 1 its part along the exact gradient may be.
 BIAS_TOLERANCE = 1e-1
 
@@ -83,13 +85,7 @@ def run(cases: tuple[LinearCase, ...], seconds: float) -> Iterator[list[dict[str
 
 def measure(case: LinearCase) -> list[dict[str, Any]]:
     """One row a peer."""
-    torch.manual_seed(0)
-    factors = Factors(
-        torch.randn(case.tokens, case.features, dtype=torch.bfloat16, device="cuda"),
-        torch.randn(case.classes, case.features, dtype=torch.bfloat16, device="cuda") * (2 / math.sqrt(case.features)),
-        torch.randint(case.classes, (case.tokens,), device="cuda"),
-    )
-    factors.target[:CHECKED_ROWS] = torch.arange(CHECKED_ROWS, device="cuda")  # so that the checked classes have targets
+    factors = factors_of(case)
     truth = truth_of(factors)
     jobs: Jobs = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -114,6 +110,34 @@ def measure(case: LinearCase) -> list[dict[str, Any]]:
             "times_fastloss": elapsed / (ours or elapsed),
         }
     return list(rows.values())
+
+
+def factors_of(case: LinearCase) -> Factors:
+    """Random ones, always the same."""
+    torch.manual_seed(0)
+    factors = Factors(
+        torch.randn(case.tokens, case.features, dtype=torch.bfloat16, device="cuda"),
+        torch.randn(case.classes, case.features, dtype=torch.bfloat16, device="cuda") * (2 / math.sqrt(case.features)),
+        torch.randint(case.classes, (case.tokens,), device="cuda"),
+    )
+    factors.target[:CHECKED_ROWS] = torch.arange(CHECKED_ROWS, device="cuda")  # so that the checked classes have targets
+    return factors
+
+
+def kernels(cases: tuple[LinearCase, ...]) -> list[dict[str, Any]]:
+    """Where fastloss's time goes, printed as tables. After all that is timed: a profiler may slow down what comes behind it."""
+    rows = []
+    for case in cases:
+        factors = factors_of(case)
+        for peer in OURS:
+            work = partial(loss_and_gradients, LINEAR_PEERS[peer](), factors)
+            work()
+            print(f"\n{case.name}, {peer}\n{'kernel':<60}{'calls':>6}{'ms':>9}")
+            for kernel in kernels_of(work):
+                rows.append({"case": case.name, "peer": peer, **kernel._asdict()})
+                if kernel.ms >= SHOWN_MS:
+                    print(f"{kernel.name[:59]:<60}{kernel.calls:6}{kernel.ms:9.3f}")
+    return rows
 
 
 def loss_and_gradients(function: LinearLoss, factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times of work on a GPU: CUDA events, all jobs in turn."""
+"""Times of work on a GPU: CUDA events, all jobs in turn; and of the kernels that one job starts."""
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,3 +39,32 @@ def interleave(jobs: Jobs, rounds: int = ROUNDS) -> dict[tuple[str, str], float]
             if turn >= 2:  # the first rounds warm up
                 samples[name].append(begin.elapsed_time(end) / 1e3)
     return {name: statistics.median(seconds) for name, seconds in samples.items()}
+
+
+class Kernel(NamedTuple):
+    """What a job spent in one kernel, or in copies and fills of memory."""
+
+    name: str
+    calls: int
+    ms: float
+
+
+def kernels_of(run: Callable[[], object]) -> list[Kernel]:
+    """Those that one run starts, the longest first; none where PyTorch's profiler does not see the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    found: dict[str, Kernel] = {}
+    for event in trace.key_averages():
+        if event.self_device_time_total > 0:
+            name = short_name(event.key)
+            before = found.get(name, Kernel(name, 0, 0.0))
+            found[name] = Kernel(name, before.calls + event.count, before.ms + event.self_device_time_total / 1e3)
+    return sorted(found.values(), key=lambda kernel: -kernel.ms)
+
+
+def short_name(kernel: str) -> str:
+    """Of a kernel as the profiler names it, without namespaces, types and arguments."""
+    while kernel != (kernel := re.sub(r"<[^<>]*>|\([^()]*\)", "", kernel)):
+        pass
+    return kernel.strip().rsplit("::", 1)[-1].removeprefix("void ")
