@@ -173,7 +173,7 @@ struct LaunchShape {
   bool clusters = false;  // the parts of each block are one
   int shared_bytes = 0;   // of the vectors of FASTLOSS_SHARED_VECTORS
 };
-constexpr int kSharedBytesForAll = 32 * 1024;  // beside what kernels have anyway: more must be asked for
+constexpr int kSharedBytesForAll = 16 << 10;  // beside 32 KiB that a kernel has itself, at most: more must be asked for
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
