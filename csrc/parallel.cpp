@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 #if defined(__linux__)
@@ -23,28 +25,38 @@ std::atomic<int> requested_threads{0};
 std::atomic<TorchParallelFor> torch_parallel{nullptr};
 std::atomic<TorchGetNumThreads> torch_threads{nullptr};
 
-// One loop in progress. Workers take the next index until none is left.
+// One loop in progress. Workers take the next index until none is left, or a task throws: memory may run out in any of them.
 struct Loop {
   const std::function<void(int64_t)>& task;
   int64_t count;
   std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr error;  // of the first that threw
 
-  void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+  void work() noexcept {
+    try {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+    } catch (...) {
+      next = count;
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+    }
   }
 };
 
 class Pool {
  public:
-  // Only one loop at a time has the workers; a second caller gets `false` and runs its loop alone.
+  // Only one loop at a time has the workers; a second caller gets `false` and runs its loop alone. Where the system gives no
+  // more threads, those that there are do the work.
   bool run(Loop& loop, int workers) {
     const std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(started_) < workers) {
-        std::thread([this, id = started_] { serve(id); }).detach();
-        ++started_;
+      try {
+        for (; started_ < workers; ++started_) std::thread([this, id = started_] { serve(id); }).detach();
+      } catch (const std::system_error&) {
+        workers = started_;
       }
       loop_ = &loop;
       wanted_ = workers;
@@ -150,13 +162,14 @@ void use_torch_pool(TorchParallelFor parallel, TorchGetNumThreads count) {
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
   Loop loop{task, count};
   const int workers = static_cast<int>(std::min<int64_t>(threads, count));
+  bool done = false;
   if (workers > 1) {
     const auto body = [](int64_t, int64_t, void* context) { static_cast<Loop*>(context)->work(); };
     const TorchParallelFor torch = torch_parallel;
-    const bool done = torch ? torch(0, workers, 1, body, &loop) == 0 : pool().run(loop, workers - 1);
-    if (done) return;
+    done = torch ? torch(0, workers, 1, body, &loop) == 0 : pool().run(loop, workers - 1);
   }
-  loop.work();
+  if (!done) loop.work();
+  if (loop.error) std::rethrow_exception(loop.error);
 }
 
 }  // namespace fastloss

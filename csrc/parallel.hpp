@@ -11,13 +11,13 @@
 namespace fastloss {
 
 // Runs task(i) once for each i in [0, count), on at most `threads` threads, the caller among them; returns when all are done.
-// Tasks must not throw.
+// Where one throws, no more are begun, and what it threw is thrown again.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
 
 // What set_num_threads asked for, else FASTLOSS_NUM_THREADS, else PyTorch's number once its pool is in use, else the CPUs that
 // this process may use.
 int get_num_threads();
-void set_num_threads(int threads);  // from 1 to kMostThreads
+void set_num_threads(int threads);  // from 1 to kMostThreads; 0 takes back what was asked for
 constexpr int kMostThreads = 1024;
 
 // PyTorch's C entry points torch_parallel_for and torch_get_num_threads, by address. Both return 0 for success.

@@ -234,3 +234,29 @@ def test_exception_in_one_thread_leaves_the_others_alone(problem, expected):
         for result in executor.map(call, range(12)):
             if result is not None:
                 assert_result(result, expected)
+
+
+# What sampling keeps of 256 tokens at this threshold, nearly everything, is more than may be had, and threads collect it.
+OUT_OF_MEMORY = """
+import resource, numpy as np, fastloss
+fastloss.set_num_threads(3)
+hidden, weight = np.ones((256, 8), np.float32), np.zeros((200_000, 8), np.float32)
+def run(tokens):
+    fastloss.linear_cross_entropy(
+        hidden[:tokens], weight, np.arange(tokens), return_grad=True, backward="sampled", threshold=1e-7, chunk_tokens=64)
+run(4)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (450 << 20),) * 2)
+try:
+    run(256)
+except MemoryError:
+    print("MemoryError")
+run(4)
+"""
+
+
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer takes all addresses")
+def test_out_of_memory_in_a_thread_raises():
+    done = run_python(OUT_OF_MEMORY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "MemoryError\n"
