@@ -97,6 +97,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.attr("F16") = static_cast<int>(kF16);
   m.attr("BF16") = static_cast<int>(kBF16);
   m.attr("BLOCK") = kBlock;
+  m.attr("SAVED_FIELDS") = kSavedFields;
   m.def("cross_entropy", &bind_cross_entropy);
   m.def("cross_entropy_backward", &bind_cross_entropy_backward);
   m.def("check_targets",

@@ -34,18 +34,6 @@ void write_number(void* data, Dtype dtype, int64_t i, double value) {
   }
 }
 
-// The numbers of each row, side by side.
-class SavedRows {
- public:
-  SavedRows(const double* data, int64_t classes) : data_(data), width_(saved_width(classes)) {}
-  const SavedRow& operator[](int64_t row) const { return *reinterpret_cast<const SavedRow*>(data_ + row * width_); }
-  const double* block_max(int64_t row) const { return data_ + row * width_ + 3; }
-
- private:
-  const double* data_;
-  int64_t width_;
-};
-
 // The parts of a call that forward and backward share.
 class Call {
  public:
@@ -152,7 +140,7 @@ double cross_entropy(const CrossEntropyCall& c, Reduction reduction, const doubl
         std::fill_n(of_row, width, 0.0);
       } else {
         row_loss = call.row_loss(row, stats[r], c.target ? target_z[r] : 0.0, reinterpret_cast<SavedRow*>(of_row));
-        rows.copy_block_max(r, of_row + 3);
+        rows.copy_block_max(r, of_row + kSavedFields);
       }
       if (reduction == Reduction::kNone) {
         write_number(loss, dtype, row, row_loss);

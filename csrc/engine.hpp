@@ -70,13 +70,25 @@ struct Sweep {
 };
 
 // Numbers that a forward keeps of each row: SavedRow, and the maxima of the blocks.
-inline int64_t saved_width(int64_t classes) { return 3 + (classes + kBlock - 1) / kBlock; }
+inline int64_t saved_width(int64_t classes) { return kSavedFields + (classes + kBlock - 1) / kBlock; }
+
+// Those of all rows, side by side, as a backward reads them.
+class SavedRows {
+ public:
+  SavedRows(const double* data, int64_t classes) : data_(data), width_(saved_width(classes)) {}
+  const SavedRow& operator[](int64_t row) const { return *reinterpret_cast<const SavedRow*>(data_ + row * width_); }
+  const double* block_max(int64_t row) const { return data_ + row * width_ + kSavedFields; }
+
+ private:
+  const double* data_;
+  int64_t width_;
+};
 
 inline int64_t itemsize_of(Dtype dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
 
-// Writes scale_i w_j (L_i - z_ij) for all rows; `row` gives max, rest and the scale.
+// Writes scale_i w_j (L_i - z_ij) for all rows; `row_scale` gives the scale of a row, and fills in max and rest.
 void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& out,
-                         const std::function<double(int64_t row, RowStats& stats)>& row);
+                         const std::function<double(int64_t row, RowStats& stats)>& row_scale);
 
 // Throws std::out_of_range for the first target outside [0, classes) that is not `ignore_index`. The rows have the shape of
 // these axes without `axis`, which is none for -1.

@@ -108,6 +108,13 @@ struct RowStats {
   int64_t argmax;      // first class of the maximal logit; -1 unless kWantArgmax, and where rest is NaN
 };
 
+// What the backward needs of a row besides the logits; `mass` is the factor of log-sum-exp in the loss. On the CPU the maxima
+// of the blocks follow it.
+struct SavedRow {
+  double max, rest, mass;
+};
+constexpr int kSavedFields = sizeof(SavedRow) / sizeof(double);
+
 // A row's probabilities are made as exp(z - ref) exp(ref - max) / (1 + rest), with the ref of each block: so they have the same
 // bits whether a scan kept its exponentials or not.
 //

@@ -136,12 +136,6 @@ struct CrossEntropyOptions {
   double z_loss = 0.0;
 };
 
-// What the backward needs of a row besides the logits; `mass` is the factor of log-sum-exp in the loss. On the CPU the maxima
-// of the blocks follow it.
-struct SavedRow {
-  double max, rest, mass;
-};
-
 // Row loss, class id y of weight w_y:  w_y ((1 - eps) (L - z_y) + z_loss L^2) + eps / V sum_j w_j (L - z_j)
 // Row loss, soft targets q:            sum_j w_j ((1 - eps) q_j + eps / V) (L - z_j) + z_loss L^2
 // Both are written with l = L - max = log1p(rest) and z - max, so that a common offset of the logits cancels before it can

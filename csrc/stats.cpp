@@ -44,10 +44,8 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
       if (out.argmax) out.argmax[row] = s.argmax;
       if (out.saved) {
         double* saved = out.saved + saved_width(classes) * row;
-        saved[0] = s.max;
-        saved[1] = s.rest;
-        saved[2] = 0.0;
-        rows.copy_block_max(r, saved + 3);
+        *reinterpret_cast<SavedRow*>(saved) = {s.max, s.rest, 0.0};
+        rows.copy_block_max(r, saved + kSavedFields);
       }
     }
   };
@@ -56,6 +54,7 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
 
 void stats_gradient(const Tensor& logits, const double* saved, const double* coefficients, const Targets& targets,
                     const double* g, const Transform& transform, const Tensor& grad) {
+  const SavedRows rows_saved(saved, logits.shape[logits.axis]);
   Sweep sweep;
   sweep.pass.classes = logits.shape[logits.axis];
   sweep.pass.transform = transform;
@@ -66,8 +65,8 @@ void stats_gradient(const Tensor& logits, const double* saved, const double* coe
     for (int r = 0; r < rows.count; ++r) {
       const int64_t row = rows.first + r;
       const double* c = coefficients + 4 * row;
-      const double* of_row = saved + saved_width(logits.shape[logits.axis]) * row;
-      out[r] = {of_row[0], of_row[1], c[0], c[1], c[2], c[3], 0.0, false, of_row + 3};
+      const SavedRow& s = rows_saved[row];
+      out[r] = {s.max, s.rest, c[0], c[1], c[2], c[3], 0.0, false, rows_saved.block_max(row)};
       for (int i = 0; targets && i < targets.k; ++i) row_g[r * targets.k + i] = g[row * targets.k + i];
     }
   };

@@ -19,7 +19,7 @@ void bind_cross_entropy(const CrossEntropyCall& call, int reduction, std::option
   const py::gil_scoped_release release;  // a launch may wait for room in the queue
   check_call(call);
   cuda::cross_entropy(call, static_cast<Reduction>(reduction), denominator ? &*denominator : nullptr, pointer(loss),
-                      pointer<double>(saved), pointer<double>(scale), grad, upstream, as_with_gradient,
+                      pointer<SavedRow>(saved), pointer<double>(scale), grad, upstream, as_with_gradient,
                       pointer<char>(workspace), Device(device, stream));
 }
 
@@ -29,7 +29,7 @@ void bind_cross_entropy_backward(const CrossEntropyCall& call, uintptr_t scale, 
   const py::gil_scoped_release release;
   check_call(call);
   const auto [made_for, next, surprised] = expected;
-  cuda::cross_entropy_backward(call, pointer<const double>(scale), pointer<const double>(saved), upstream,
+  cuda::cross_entropy_backward(call, pointer<const double>(scale), pointer<const SavedRow>(saved), upstream,
                                {pointer<const double>(made_for), pointer<double>(next), pointer<int32_t>(surprised)}, grad,
                                Device(device, stream));
 }
@@ -38,7 +38,7 @@ void bind_soft_target_gradient(const CrossEntropyCall& call, uintptr_t scale, ui
                                const Tensor& out, int device, uintptr_t stream) {
   const py::gil_scoped_release release;
   check_call(call);
-  cuda::soft_target_gradient(call, pointer<const double>(scale), pointer<const double>(saved), upstream, out,
+  cuda::soft_target_gradient(call, pointer<const double>(scale), pointer<const SavedRow>(saved), upstream, out,
                              Device(device, stream));
 }
 
@@ -58,7 +58,7 @@ void bind_gradient(const Tensor& logits, uintptr_t saved, uintptr_t coefficients
   const py::gil_scoped_release release;
   target.k = k;
   check_call("logits", logits, target, z);
-  cuda::stats_gradient(logits, pointer<const double>(saved), pointer<const double>(coefficients), target,
+  cuda::stats_gradient(logits, pointer<const SavedRow>(saved), pointer<const double>(coefficients), target,
                        pointer<const double>(g), z, grad, Device(device, stream));
 }
 
@@ -76,7 +76,7 @@ void bind_cross_entropy_chunk(const CrossEntropyCall& call, uintptr_t scale, uin
                               const Tensor& grad, uintptr_t workspace, int device, uintptr_t stream) {
   const py::gil_scoped_release release;
   check_call(call);
-  cuda::cross_entropy_chunk(call, pointer<const double>(scale), pointer(losses), wide, pointer<double>(saved), grad,
+  cuda::cross_entropy_chunk(call, pointer<const double>(scale), pointer(losses), wide, pointer<SavedRow>(saved), grad,
                             pointer<char>(workspace), Device(device, stream));
 }
 
@@ -86,7 +86,7 @@ void bind_sample_chunk(const CrossEntropyCall& call, uintptr_t saved, const std:
   check_call(call);
   const auto [seed, threshold, token] = random;
   const auto [slots, count, columns, values] = places;
-  cuda::sample_chunk(call, pointer<double>(saved),
+  cuda::sample_chunk(call, pointer<SavedRow>(saved),
                      {pointer<const int64_t>(seed), threshold, pointer<const int64_t>(token), slots, pointer<int64_t>(count),
                       pointer<int32_t>(columns), pointer(values)},
                      Device(device, stream));

@@ -59,9 +59,9 @@ size_t workspace_bytes(const Tensor& logits, const Device& device) {
   return std::max(bytes, Workspace(p, nullptr).bytes);
 }
 
-void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const double* denominator, void* loss_out, double* saved,
-                   double* scale, const Tensor& grad, const Upstream& upstream, bool as_with_gradient, char* memory,
-                   const Device& device) {
+void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const double* denominator, void* loss_out,
+                   SavedRow* saved, double* scale, const Tensor& grad, const Upstream& upstream, bool as_with_gradient,
+                   char* memory, const Device& device) {
   if (grad) check_gradient(call.logits, grad);
   if (grad && upstream.step != 0) throw std::invalid_argument("the upstream gradient must be one number for all rows");
   const cudaStream_t stream = device.stream();
@@ -95,7 +95,7 @@ void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const doub
   if (grad && !one_trip) kernels.gradient(p, loss, source, loss.saved, stream);
 }
 
-void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
+void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, const SavedRow* saved, const Upstream& upstream,
                             const Expected& expected, const Tensor& grad, const Device& device) {
   check_gradient(call.logits, grad);
   Problem p = loss_problem(call, grad);
@@ -104,7 +104,7 @@ void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, c
   table(call.logits.dtype).gradient(p, loss_of(call), source, saved, device.stream());
 }
 
-void soft_target_gradient(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
+void soft_target_gradient(const CrossEntropyCall& call, const double* scale, const SavedRow* saved, const Upstream& upstream,
                           const Tensor& out, const Device& device) {
   Problem p = problem(call.logits, {}, out, {}, call.transform);
   p.adjacent = adjacent(call.logits);  // what is written goes one by one anyway
@@ -125,7 +125,7 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   const KernelTable& kernels = table(logits.dtype);
   const Statistics results{out.logprob,    out.logsumexp,   out.entropy,
                            out.mean_logit, out.sum_sq_prob, out.max_prob,
-                           out.argmax,     out.rank,        out.saved ? out.saved : room.saved};
+                           out.argmax,     out.rank,        out.saved ? reinterpret_cast<SavedRow*>(out.saved) : room.saved};
   kernels.scan(p, {}, results, device.stream());
   if (p.parts > 1) kernels.merge(p, {}, results, device.stream());
   if (!out.rank) return;
@@ -133,7 +133,7 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   kernels.rank(p, results, device.stream());
 }
 
-void stats_gradient(const Tensor& logits, const double* saved, const double* coefficients, const Targets& targets,
+void stats_gradient(const Tensor& logits, const SavedRow* saved, const double* coefficients, const Targets& targets,
                     const double* g, const Transform& transform, const Tensor& grad, const Device& device) {
   check_gradient(logits, grad);
   if (grad.data == logits.data && targets && targets.k > 1) {

@@ -50,17 +50,17 @@ size_t workspace_bytes(const Tensor& logits, const Device& device);
 // `scale` becomes 1 / denominator, by which the gradient is multiplied: the one that the function of the CPU returns. The
 // gradient is for one upstream gradient of all rows. A call `as_with_gradient` has the bits of one that makes it, even if it
 // does not: last bits depend on how threads share a row.
-void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const double* denominator, void* loss, double* saved,
+void cross_entropy(const CrossEntropyCall& call, Reduction reduction, const double* denominator, void* loss, SavedRow* saved,
                    double* scale, const Tensor& grad, const Upstream& upstream, bool as_with_gradient, char* workspace,
                    const Device& device);
 // Leaves `grad` as it is where it was made for the upstream gradient that came.
-void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
+void cross_entropy_backward(const CrossEntropyCall& call, const double* scale, const SavedRow* saved, const Upstream& upstream,
                             const Expected& expected, const Tensor& grad, const Device& device);
-void soft_target_gradient(const CrossEntropyCall& call, const double* scale, const double* saved, const Upstream& upstream,
+void soft_target_gradient(const CrossEntropyCall& call, const double* scale, const SavedRow* saved, const Upstream& upstream,
                           const Tensor& out, const Device& device);
 void statistics(const Tensor& logits, const Targets& targets, const Transform& transform, const StatsOutputs& outputs,
                 char* workspace, const Device& device);
-void stats_gradient(const Tensor& logits, const double* saved, const double* coefficients, const Targets& targets,
+void stats_gradient(const Tensor& logits, const SavedRow* saved, const double* coefficients, const Targets& targets,
                     const double* g, const Transform& transform, const Tensor& grad, const Device& device);
 
 }  // namespace fastloss::cuda

@@ -17,9 +17,9 @@ struct KernelTable {
   void (*merge)(const Problem&, const Loss&, const Statistics&, cudaStream_t);
   // Needs what the scan saved.
   void (*rank)(const Problem&, const Statistics&, cudaStream_t);
-  void (*gradient)(const Problem&, const Loss&, const GradientSource&, const double* saved, cudaStream_t);
+  void (*gradient)(const Problem&, const Loss&, const GradientSource&, const SavedRow* saved, cudaStream_t);
   // Into p.grad, of any dtype.
-  void (*soft_gradient)(const Problem&, const Loss&, const GradientSource&, const double* saved, cudaStream_t);
+  void (*soft_gradient)(const Problem&, const Loss&, const GradientSource&, const SavedRow* saved, cudaStream_t);
   // Of rows whose classes lie side by side, a block a row; needs loss.saved.
   void (*sample)(const Problem&, const Loss&, const Sample&, cudaStream_t);
   // out = entries times matrix.

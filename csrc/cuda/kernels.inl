@@ -140,7 +140,7 @@ merge_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_
 template <class T, bool kAdjacent, bool kFull>
 FASTLOSS_KERNEL(kThreads, blocks_for(sizeof(T), kFull))
 gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source,
-                const double* saved) {
+                const SavedRow* saved) {
   using V = typename AccumulatedIn<T>::V;
   FASTLOSS_SHARED(GradientRow[kPlaces<kAdjacent>], coefficients);
   FASTLOSS_SHARED_VECTORS(vectors);
@@ -173,7 +173,7 @@ rank_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Statistics out) {
   const T* row = row_of<const T>(p, p.logits, at.there ? at.row : 0);
   for (int i = 0; i < p.ids.k; ++i) {
     const int64_t id = at.there ? id_at(p.ids, at.row * p.ids.k + i) : -1;
-    const bool valid = id >= 0 && id < p.classes && out.saved[3 * at.row + 1] >= 0.0;
+    const bool valid = id >= 0 && id < p.classes && out.saved[at.row].rest >= 0.0;
     double count = 0.0;
     if (valid) {
       const A target_z = logit_at<T, V>(p, row, id).z;
@@ -201,7 +201,7 @@ rank_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Statistics out) {
 template <class T, bool kAdjacent>
 FASTLOSS_KERNEL(kThreads, 1)
 soft_gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLOSS_ARGUMENT GradientSource source,
-                     const double* saved) {
+                     const SavedRow* saved) {
   using V = typename AccumulatedIn<T>::V;
   using A = typename V::T;
   FASTLOSS_SHARED_VECTORS(vectors);
@@ -210,8 +210,8 @@ soft_gradient_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, F
   if (!at.there) return;
   const T* row = row_of<const T>(p, p.logits, at.row);
   const A scale = static_cast<A>(upstream_of(source, at.row) * (1.0 - loss.label_smoothing));
-  const A max = static_cast<A>(saved[3 * at.row]);
-  const A log_sum = static_cast<A>(log1p_nonnegative<CudaF64>(saved[3 * at.row + 1]));
+  const A max = static_cast<A>(saved[at.row].max);
+  const A log_sum = static_cast<A>(log1p_nonnegative<CudaF64>(saved[at.row].rest));
   walk_logits<T, V, kAdjacent>(p, at, row, A(0), ring, [&](const auto& run, auto& z) {
     constexpr int kSize = sizeof(z) / sizeof(A);
     A derivative[kSize], w[kSize];
@@ -284,7 +284,7 @@ void launch_rank(const Problem& p, const Statistics& out, cudaStream_t stream) {
 constexpr int64_t kMostGradientBlocks = 4096;
 
 template <class T>
-void launch_gradient(const Problem& p, const Loss& loss, const GradientSource& source, const double* saved,
+void launch_gradient(const Problem& p, const Loss& loss, const GradientSource& source, const SavedRow* saved,
                      cudaStream_t stream) {
   choose(p, source.coefficients ? Form::kFull : form_of(p), [&](auto adjacent, auto form) {
     Problem rows = p;
@@ -296,7 +296,7 @@ void launch_gradient(const Problem& p, const Loss& loss, const GradientSource& s
 }
 
 template <class T>
-void launch_soft_gradient(const Problem& p, const Loss& loss, const GradientSource& source, const double* saved,
+void launch_soft_gradient(const Problem& p, const Loss& loss, const GradientSource& source, const SavedRow* saved,
                           cudaStream_t stream) {
   p.adjacent ? launch(soft_gradient_kernel<T, true>, shape_of(p), stream, p, loss, source, saved)
              : launch(soft_gradient_kernel<T, false>, shape_of(p), stream, p, loss, source, saved);

@@ -28,7 +28,7 @@ void reduce_tokens(const Tokens& tokens, const double* denominator, const double
   sum_rows(p, loss, sums, device.stream());
 }
 
-void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void* losses, bool wide, double* saved,
+void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void* losses, bool wide, SavedRow* saved,
                          const Tensor& grad, char* memory, const Device& device) {
   if (grad) check_gradient(call.logits, grad);
   const KernelTable& kernels = table(call.logits.dtype);
@@ -45,7 +45,7 @@ void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void
   if (grad && !one_trip) kernels.gradient(p, loss, source, saved, device.stream());
 }
 
-void sample_chunk(const CrossEntropyCall& call, double* saved, const Sample& sample, const Device& device) {
+void sample_chunk(const CrossEntropyCall& call, SavedRow* saved, const Sample& sample, const Device& device) {
   if (!adjacent(call.logits)) throw std::invalid_argument("sampling needs logits whose classes lie side by side");
   Problem p = loss_problem(call, {});
   plan_blocks_of_rows(p);

@@ -23,11 +23,11 @@ void reduce_tokens(const Tokens& tokens, const double* denominator, const double
                    double* room, const Device& device);
 
 // The losses of a chunk of tokens, in double if `wide`; `grad` may be empty, and is that of the sum of the losses times *scale.
-void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void* losses, bool wide, double* saved,
+void cross_entropy_chunk(const CrossEntropyCall& call, const double* scale, void* losses, bool wide, SavedRow* saved,
                          const Tensor& grad, char* workspace, const Device& device);
 
 // The sampled gradient of the losses of a chunk, from what cross_entropy_chunk saved.
-void sample_chunk(const CrossEntropyCall& call, double* saved, const Sample& sample, const Device& device);
+void sample_chunk(const CrossEntropyCall& call, SavedRow* saved, const Sample& sample, const Device& device);
 
 // Matrices of one dtype.
 void multiply(const Entries& entries, Dtype dtype, const Dense& matrix, const Dense& out, const Device& device);

@@ -184,7 +184,7 @@ Workspace::Workspace(const Problem& p, char* memory) {
     return at;
   };
   losses = reinterpret_cast<double*>(take(p.rows * sizeof(double)));
-  saved = reinterpret_cast<double*>(take(p.rows * 3 * sizeof(double)));
+  saved = reinterpret_cast<SavedRow*>(take(p.rows * sizeof(SavedRow)));
   sums = reinterpret_cast<double*>(take(2 * kSumBlocks * sizeof(double)));
   parts = reinterpret_cast<Part*>(take(p.parts > 1 ? p.rows * p.parts * p.warps_per_row * sizeof(Part) : 0));
   bytes = used;

@@ -34,8 +34,8 @@ void check_gradient(const Tensor& logits, const Tensor& grad);
 // The workspace of a call, from front to back.
 struct Workspace {
   double* losses;  // [rows]
-  double* saved;   // [rows][3]
-  double* sums;    // [kSumBlocks][2]
+  SavedRow* saved;
+  double* sums;  // [kSumBlocks][2]
   Part* parts;
   size_t bytes;
 

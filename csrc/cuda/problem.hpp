@@ -93,7 +93,7 @@ struct Loss {
   const void* class_weight = nullptr;
   void* losses = nullptr;  // one a row, double if `wide`, else of the accumulation type
   bool wide = true;
-  double* saved = nullptr;  // [rows][3]: max, rest, mass
+  SavedRow* saved = nullptr;
 };
 
 // Each may be null, as in StatsOutputs.
@@ -106,7 +106,7 @@ struct Statistics {
   void* max_prob = nullptr;
   int64_t* argmax = nullptr;
   int64_t* rank = nullptr;
-  double* saved = nullptr;
+  SavedRow* saved = nullptr;
 };
 
 struct DeviceUpstream {

@@ -92,11 +92,7 @@ __device__ inline void write_loss(const Loss& loss, int64_t row, double value, c
   } else {
     write<A>(loss.losses, row, value);
   }
-  if (loss.saved) {
-    loss.saved[3 * row] = saved.max;
-    loss.saved[3 * row + 1] = saved.rest;
-    loss.saved[3 * row + 2] = saved.mass;
-  }
+  if (loss.saved) loss.saved[row] = saved;
 }
 
 // The lanes that share the row call this together: they share its targets.
@@ -118,11 +114,7 @@ __device__ inline void finish_statistics(const Problem& p, const Statistics& out
   write<A>(out.sum_sq_prob, row, valid ? s.sum_sq : s.rest);
   write<A>(out.max_prob, row, 1.0 / (1.0 + s.rest));
   if (out.argmax) out.argmax[row] = s.argmax;
-  if (out.saved) {
-    out.saved[3 * row] = s.max;
-    out.saved[3 * row + 1] = s.rest;
-    out.saved[3 * row + 2] = 0.0;
-  }
+  if (out.saved) out.saved[row] = {s.max, s.rest, 0.0};
 }
 
 __device__ inline double upstream_of(const GradientSource& source, int64_t row) {
@@ -170,8 +162,8 @@ __device__ inline double one_hot_of_loss(const Loss& loss, const Label<A>& label
 // Both of a loss; or coefficients that lie in memory, where g stay.
 template <class A>
 __device__ inline GradientRow coefficients_of(const Problem& p, const Loss& loss, const GradientSource& source,
-                                              const double* saved, int64_t row, double& g) {
-  const SavedRow kept{saved[3 * row], saved[3 * row + 1], saved[3 * row + 2]};
+                                              const SavedRow* saved, int64_t row, double& g) {
+  const SavedRow kept = saved[row];
   if (loss.wanted) {
     const Label<A> label = label_of<A>(p, loss, row);
     const double u = upstream_of(source, row);

@@ -16,6 +16,7 @@ F64: int
 F16: int
 BF16: int
 BLOCK: int  # classes of a block
+SAVED_FIELDS: int  # numbers that a forward keeps of a row
 MOST_THREADS: int
 
 def cross_entropy(

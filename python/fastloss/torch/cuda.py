@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastloss import _cuda
+from fastloss import _cpu, _cuda
 from fastloss._options import NONE, row_shape
 from fastloss.torch import ops
 from fastloss.torch.ahead import OnGpu
@@ -71,7 +71,7 @@ def cross_entropy(
         check_ids(target, logits.shape[dim], options.ignore_index)
     rows = row_shape(logits.shape, dim)
     loss = logits.new_empty(rows if reduction == NONE else (), dtype=accumulation_dtype(logits.dtype))
-    saved = logits.new_empty((*rows, 3), dtype=torch.float64) if keep else None
+    saved = logits.new_empty((*rows, _cpu.SAVED_FIELDS), dtype=torch.float64) if keep else None
     scale = logits.new_empty((), dtype=torch.float64)
     place = where(logits)
     room = workspace(logits, dim, place)

@@ -49,7 +49,7 @@ def _forward(
     sums = accumulation_dtype(hidden.dtype)
     # Zeros: what tokens have that come in no chunk.
     losses = hidden.new_zeros(tokens, dtype=sums if reduction == NONE else torch.float64)
-    saved = hidden.new_zeros((tokens, 3), dtype=torch.float64)
+    saved = hidden.new_zeros((tokens, _cpu.SAVED_FIELDS), dtype=torch.float64)
     scale = hidden.new_empty((), dtype=torch.float64)
     loss = hidden.new_empty((), dtype=sums)
     numbers = order.tokens if order is not None else torch.arange(tokens if sampler else 0, device=hidden.device)
