@@ -80,10 +80,9 @@ def order(request, monkeypatch):
 
 @pytest.fixture
 def set_threads():
-    """A function that sets the number of threads; the number of before comes back after the test."""
-    before = fastloss.get_num_threads()
+    """A function that sets the number of threads; the start value comes back after the test."""
     yield fastloss.set_num_threads
-    fastloss.set_num_threads(before)
+    fastloss.set_num_threads(None)
 
 
 @pytest.fixture(params=(1, 2, 3, 7), ids="{} threads".format)

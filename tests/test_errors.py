@@ -52,6 +52,11 @@ LOSS = {
     "too few ids": ({"target": [0, 1, 2]}, ValueError, ["target", "(3,)", "(4,)"]),
     "ids with an extra axis": ({"target": [[0], [1], [2], [3]]}, ValueError, ["target", "(4, 1)", "(4,)"]),
     "one id for a batch": ({"target": 1}, ValueError, ["target", "()", "(4,)"]),
+    "ids of logits with the classes last": (
+        {"logits": np.zeros((2, 3, 5), np.float32), "target": [[0, 1, 2], [0, 1, 2]]},
+        ValueError,
+        ["target", "(2, 3)", "(2, 5)", "=-1 for classes last"],
+    ),
     # soft targets
     "probabilities of the wrong shape": ({"target": Q[:, :4]}, ValueError, ["target", "(4, 4)", "(4, 5)"]),
     "floating-point ids": ({"target": Y.astype(np.float32)}, ValueError, ["target", "(4,)", "(4, 5)"]),
@@ -138,6 +143,7 @@ NUMPY = {
     "masked logits": ({"logits": np.ma.ones((4, 5))}, TypeError, ["logits", "mask"]),
     "masked target": ({"target": np.ma.array([0, 1, 2, 3], mask=[1, 0, 0, 0])}, TypeError, ["target", "mask"]),
     "masked weight": ({"weight": np.ma.ones(5)}, TypeError, ["weight", "mask"]),
+    "ragged logits": ({"logits": [[0.0], [0.0, 1.0]]}, TypeError, ["logits", "array", "list"]),
     "axis beyond the last": ({"axis": 2}, IndexError, ["axis", "2"]),
     "axis before the first": ({"axis": -3}, IndexError, ["axis", "-3"]),
     "axis of float": ({"axis": 1.0}, TypeError, ["axis", "float"]),
@@ -184,6 +190,14 @@ def as_torch(name, value):
 def torch_arguments(changed, names=CROSS_ENTROPY_NAMES):
     arguments = {"logits": X, "target": Y} | changed
     return {names.get(name, name): as_torch(name, value) for name, value in arguments.items()}
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["logits", "target", "weight"])
+def test_tensors_that_are_no_arrays_raise_by_name(name):
+    for tensor in (torch.zeros(5, dtype=torch.bfloat16), torch.zeros(5, requires_grad=True)):
+        arguments = {"logits": X, "target": Y, name: tensor}
+        check(lambda: fastloss.cross_entropy(**arguments), TypeError, [name, "array", "Tensor"])  # noqa: B023
 
 
 @needs_torch

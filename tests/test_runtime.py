@@ -70,6 +70,14 @@ def test_number_of_threads_is_the_one_that_was_set(set_threads):
         assert fastloss.get_num_threads() == number
 
 
+def test_number_of_threads_can_be_left_to_its_start_value_again(set_threads):
+    set_threads(None)
+    start = fastloss.get_num_threads()
+    set_threads(start + 1)
+    set_threads(None)
+    assert fastloss.get_num_threads() == start
+
+
 @pytest.mark.parametrize(
     ("number", "error"),
     [(0, ValueError), (-1, ValueError), (1025, ValueError), (1.5, TypeError), ("2", TypeError), (True, TypeError)],

@@ -126,9 +126,14 @@ def test_inplace_on_a_leaf_that_needs_gradients_raises(inplace):
     assert torch.equal(leaf, before)
 
 
-def test_inplace_takes_no_other_word():
-    with pytest.raises(ValueError, match="inplace='forward'"):
-        ours(seeded(6, 50).requires_grad_() * 1, seeded_ids(50, 6), inplace="forward")
+@pytest.mark.parametrize("word", ["forward", "", 1, None])
+def test_inplace_takes_no_other_word(word):
+    target, message = seeded_ids(50, 6), f"inplace must be .*, got {word!r}"
+    for logits in (seeded(6, 50), seeded(6, 50).requires_grad_() * 1):
+        with pytest.raises(ValueError, match=message):
+            ours(logits, target, inplace=word)
+    with pytest.raises(ValueError, match=message):
+        fastloss.torch.CrossEntropyLoss(inplace=word)
 
 
 @ways

@@ -48,7 +48,11 @@ def plain(value: ArrayLike, name: str) -> Array:
     """Returns value as an array; the mask of a masked one would be lost without a word."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be an array without a mask, got {type(value).__name__}")
-    return np.asarray(value)
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors that are bfloat16 or need a gradient
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be an array, or what NumPy makes one of; got {kind}: {error}") from error
 
 
 def floating(value: ArrayLike, name: str) -> Array:

@@ -34,7 +34,7 @@ def for_each_chunk(projection: Projection, kernel: Callable[[slice, Any], None],
 
 
 def chunk_size(wanted: int | None, tokens: int, classes: int, saved_by_one: int = 0) -> int:
-    """Tokens of a chunk: the wanted number, or even chunks of about CHUNK_LOGITS logits at most.
+    """Tokens of a chunk: the wanted number, or even chunks of about CHUNK_LOGITS logits.
 
     A single chunk may be larger by what it saves: the memory of `saved_by_one` logits.
     """

@@ -200,12 +200,14 @@ def row_shape(shape: Shape, axis: int) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def check_ids_shape(target: Shape, logits: Shape, axis: int, logits_name: str) -> None:
-    """Class ids have the shape of the rows."""
+def check_ids_shape(target: Shape, logits: Shape, axis: int, name: str, logits_name: str) -> None:
+    """Class ids have the shape of the rows. `name` is that of the class axis."""
     if tuple(target) != row_shape(logits, axis):
+        are_last = tuple(target) == row_shape(logits, -1)
         raise ValueError(
             f"target of class ids must have shape {row_shape(logits, axis)} for {logits_name} of shape {tuple(logits)} "
-            f"with classes along axis {axis}, got {tuple(target)}"
+            f"with classes along {name} {axis}, got {tuple(target)}"
+            + (f": pass {name}=-1 for classes last" if are_last else "")
         )
 
 

@@ -27,8 +27,8 @@ def cross_entropy(
     temperature: float = 1.0,
     bias: ArrayLike | None = None,
     denominator: float | None = None,
-    return_grad: Literal[False] = False,
-) -> Any: ...
+    return_grad: Literal[True],
+) -> tuple[Any, Array]: ...
 @overload
 def cross_entropy(
     logits: ArrayLike,
@@ -44,8 +44,8 @@ def cross_entropy(
     temperature: float = 1.0,
     bias: ArrayLike | None = None,
     denominator: float | None = None,
-    return_grad: bool,
-) -> tuple[Any, Array]: ...
+    return_grad: bool = False,
+) -> Any: ...
 def cross_entropy(
     logits: ArrayLike,
     target: ArrayLike,
@@ -123,7 +123,7 @@ def cross_entropy(
     axis = _options.class_axis(axis, x.shape, "axis", "logits")
     y = _arrays.plain(target, "target")
     if y.dtype.kind in "iu":
-        _options.check_ids_shape(y.shape, x.shape, axis, "logits")
+        _options.check_ids_shape(y.shape, x.shape, axis, "axis", "logits")
         y = _arrays.class_ids(y)
     elif y.dtype.name in _arrays.DTYPE_CODES:
         y = _arrays.floating(y, "target")

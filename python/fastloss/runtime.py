@@ -31,27 +31,29 @@ def available_isas() -> list[str]:
     return _cpu.available_isas()
 
 
-def set_num_threads(n: int) -> None:
+def set_num_threads(n: int | None) -> None:
     """Sets the number of threads that one call may use; results do not depend on it.
 
     The start value comes from the environment variable `FASTLOSS_NUM_THREADS`; without it, it is the number of CPUs, or
     that of PyTorch's threads once `fastloss.torch` is imported and work runs on them.
 
     Args:
-        n: from 1 to 1024.
+        n: from 1 to 1024; None for the start value again.
 
     Raises:
-        TypeError: n is not an int.
+        TypeError: n is neither an int nor None.
         ValueError: n is out of range.
 
     Example:
         >>> import fastloss
-        >>> before = fastloss.get_num_threads()
         >>> fastloss.set_num_threads(1)
         >>> fastloss.get_num_threads()
         1
-        >>> fastloss.set_num_threads(before)
+        >>> fastloss.set_num_threads(None)
     """
+    if n is None:
+        _cpu.set_num_threads(0)
+        return
     threads = _options.index("n", n)
     if not 1 <= threads <= _cpu.MOST_THREADS:
         raise ValueError(f"n must lie in [1, {_cpu.MOST_THREADS}], got {threads}")

@@ -53,7 +53,7 @@ def check_rows_target(logits: Tensor, target: Tensor, dim: int, ignore_index: ob
         _options.check_ignore_index_use(ignore_index)
         return target
     ids = as_class_ids("target", target)
-    _options.check_ids_shape(ids.shape, logits.shape, dim, "input")
+    _options.check_ids_shape(ids.shape, logits.shape, dim, "dim", "input")
     return ids
 
 

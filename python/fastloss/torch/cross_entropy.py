@@ -103,6 +103,8 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy.legacy_get_string(size_average, reduce)
+    if inplace is not False:
+        _check_word(inplace)
     check_logits("input", input, cuda=True)
     class_dim = _options.class_axis(dim, input.shape, "dim", "input")
     target = check_rows_target(input, target, class_dim, ignore_index)
@@ -123,14 +125,13 @@ def cross_entropy(
         loss = ops.cross_entropy(*arguments, False)[0]
     elif eager:
         if inplace:
-            _check_inplace(input, inplace)
+            _check_memory(input, inplace)
         at_once = inplace is True and reduction != "none" and input.dtype != torch.float16 and not target.requires_grad
         loss = CrossEntropyOverLogits.apply(*arguments) if at_once else apply_cross_entropy(*arguments, bool(inplace))
     elif ops.forward_mode():
         loss = plain.cross_entropy(*arguments)
     else:
-        tensors, (of_rows, *of_loss) = arguments[:4], options
-        loss = torch.ops.fastloss.cross_entropy(*tensors, *of_rows, *of_loss)[0]
+        loss = torch.ops.fastloss.cross_entropy(*arguments[:4], *options[0], *options[1:])[0]
     return loss if divisor is None else divided(loss, divisor)
 
 
@@ -164,9 +165,12 @@ def _remembered_options(*choices: Any) -> tuple[Options, int, float | None]:
         return _check_options(*choices)
 
 
-def _check_inplace(input: Tensor, inplace: bool | str) -> None:
-    if inplace not in (True, "backward"):
-        raise ValueError(f'inplace={inplace!r}: expected False, True or "backward"')
+def _check_word(inplace: object) -> None:
+    if not (inplace is True or inplace is False or inplace == "backward"):
+        raise ValueError(f'inplace must be False, True or "backward", got {inplace!r}')
+
+
+def _check_memory(input: Tensor, inplace: bool | str) -> None:
     base = input._base
     if input.requires_grad and (input.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
         raise ValueError(
@@ -209,6 +213,7 @@ class CrossEntropyLoss(torch.nn.Module):
 
     weight: Tensor | None
     logit_bias: Tensor | None
+    _OPTIONS = ("ignore_index", "reduction", "label_smoothing", "dim", "z_loss", "softcap", "temperature", "inplace")
 
     def __init__(
         self,
@@ -233,6 +238,7 @@ class CrossEntropyLoss(torch.nn.Module):
         loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, None)
         if dim is not None:
             _options.index("dim", dim)
+        _check_word(inplace)
         self.register_buffer("weight", weight)
         self.register_buffer("logit_bias", logit_bias)
         self.ignore_index = ignore_index
@@ -246,24 +252,9 @@ class CrossEntropyLoss(torch.nn.Module):
 
     def forward(self, input: Tensor, target: Tensor, denominator: float | Tensor | None = None) -> Tensor:
         """The loss of these logits, see `cross_entropy`."""
-        options: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in (
-                "weight",
-                "ignore_index",
-                "reduction",
-                "label_smoothing",
-                "dim",
-                "z_loss",
-                "softcap",
-                "temperature",
-                "logit_bias",
-                "inplace",
-            )
-        }
-        return cross_entropy(input, target, denominator=denominator, **options)
+        options: dict[str, Any] = {name: getattr(self, name) for name in self._OPTIONS}
+        return cross_entropy(input, target, self.weight, logit_bias=self.logit_bias, denominator=denominator, **options)
 
     def extra_repr(self) -> str:
         """Shows the options that are numbers and words."""
-        shown = ("ignore_index", "reduction", "label_smoothing", "dim", "z_loss", "softcap", "temperature", "inplace")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._OPTIONS)

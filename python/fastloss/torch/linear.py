@@ -281,8 +281,7 @@ def linear_logit_stats(
     found = {}
     for name, out in zip(STATISTICS, outputs, strict=False):
         if name in names:
-            of_target = name in _options.TARGET_STATISTICS and target is not None
-            found[name] = out.reshape(target.shape if of_target and target is not None else rows)
+            found[name] = out.reshape(rows if target is None or name not in _options.TARGET_STATISTICS else target.shape)
     return LogitStats(**found)
 
 

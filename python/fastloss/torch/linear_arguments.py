@@ -92,7 +92,7 @@ def check_target(
             raise ValueError(f"ignore_index has no meaning for target probabilities, got ignore_index={ignore_index}")
         return target
     ids = ops.in_memory("target", as_class_ids("target", target))
-    _options.check_ids_shape(ids.shape, logits_shape, class_dim, "the logits")
+    _options.check_ids_shape(ids.shape, logits_shape, class_dim, "dim", "the logits")
     if ops.eager(ids):
         linear_ops.check_ids(ids, logits_shape[class_dim], DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index)
     return ids

@@ -80,11 +80,11 @@ def _gpu() -> ModuleType:
     return cuda_linear
 
 
-def _projection(head: Head, wanted: Wanted) -> Any:
-    """Of all tokens."""
+def _projection(head: Head, wanted: Wanted, kept: Tensor | None = None) -> Any:
+    """Of all tokens, or of those that are kept, which a GPU is not asked for here."""
     if is_on_gpu(head.hidden):
         return _gpu().projection(head, wanted)
-    return Projection(*head[:3], None, head.chunk_tokens, wanted)
+    return Projection(head.hidden, head.weight, head.bias, kept, head.chunk_tokens, wanted)
 
 
 def check_ids(ids: Tensor, classes: int, ignore_index: int | None) -> None:
@@ -109,7 +109,7 @@ def _forward(
     all_tokens = head.hidden.shape[0]
     kept = task.counted()
     task = task.of(kept)
-    projection = Projection(*head[:3], kept, head.chunk_tokens, wanted)
+    projection = _projection(head, wanted, kept)
     divisor = denominator if denominator is not None else task.denominator(projection.tokens) if reduction == MEAN else 1.0
     numbers = np.arange(all_tokens) if kept is None else kept.numpy()
     losses: list[Tensor] = [torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype))]
@@ -166,7 +166,7 @@ def cross_entropy_backward(
         return on_gpu
     kept = task.counted()
     task = task.of(kept)
-    projection = Projection(*head[:3], kept, head.chunk_tokens, wanted)
+    projection = _projection(head, wanted, kept)
     by_token = upstream.ndim > 0
     if kept is not None:
         saved = saved.index_select(0, kept)
@@ -185,7 +185,8 @@ def cross_entropy_backward(
         )
 
     for_each_chunk(projection, kernel, carry_back=True)
-    return projection.gradients()
+    gradients: list[Tensor] = projection.gradients()
+    return gradients
 
 
 def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> None:

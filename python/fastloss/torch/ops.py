@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors to kernels: pointers are seen here, and in what linear cross-entropy adds (`linear_ops`, `matmul`), and nowhere else.
+"""Tensors to kernels. Only here, in `linear_ops` and `matmul`, and in `cuda` and `cuda_linear` for GPUs, are pointers seen.
 
 Each operation is a plain function over CPU tensors; those of a GPU it hands on to `fastloss.torch.cuda`. `operators` makes
 operators of PyTorch of them; in eager mode the callers skip the dispatcher, which costs more than a small loss does.
@@ -336,7 +336,7 @@ def gradient(
 
 def saved_width(like: Tensor, classes: int) -> int:
     """How many numbers a forward keeps of each row: max, rest, mass; on the CPU the maxima of its blocks too."""
-    return 3 if like.is_cuda else 3 + (classes + _cpu.BLOCK - 1) // _cpu.BLOCK
+    return _cpu.SAVED_FIELDS + (0 if like.is_cuda else -(-classes // _cpu.BLOCK))
 
 
 def stats_outputs(logits: Tensor, target: Tensor | None, dim: int, want: Sequence[bool]) -> list[Tensor]:
