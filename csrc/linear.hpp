@@ -6,8 +6,8 @@
 
 namespace fastloss {
 
-// out = hidden weight^T + bias, each sum in the order of the features and rounded once. The weight may have any strides and has
-// the dtype of `out`; hidden and bias (or null) have its accumulation type; hidden and out have adjacent columns.
+// out = hidden weight^T + bias, each sum in the order of the features and rounded once. The weight may have any strides; hidden
+// and bias (or null) have the accumulation type of weight and out; hidden and out have adjacent columns.
 void ordered_product(const Tensor& hidden, const Tensor& weight, const void* bias, const Tensor& out);
 
 // out = left right, or that added to `out`, each sum in the order of the rows of `right`. The factors may have any strides and

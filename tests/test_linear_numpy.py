@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear cross-entropy and statistics of NumPy arrays against the float64 oracle on their logits; and what both APIs refuse."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -100,6 +102,21 @@ def test_gradients_have_the_same_bits_for_any_chunks_threads_and_isa(dtype, rng,
     for result in results[1:]:
         for one, other in zip(result, results[0], strict=True):
             assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("backward", ["loss", "sampled"])
+def test_weights_of_16_bits_are_not_copied(backward, rng):
+    hidden = rng.standard_normal((4, 64)).astype(np.float16)
+    weight = rng.standard_normal((20_000, 64)).astype(np.float16)  # 2.4 MiB
+    options = {} if backward == "loss" else {"backward": backward, "return_grad": True}
+    tracemalloc.start()
+    try:
+        fastloss.linear_cross_entropy(hidden, weight, [0, 1, 2, 3], **options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    allowed = 4 * len(weight) * 4 + (0 if backward == "loss" else weight.nbytes)  # logits, the gradient by the weights
+    assert peak < allowed + weight.nbytes / 2
 
 
 @pytest.mark.parametrize("leading", [(), (2, 3), (0,), (2, 0, 3)])

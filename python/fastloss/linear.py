@@ -41,8 +41,8 @@ def linear_cross_entropy(
 ) -> Any:
     r"""Returns `cross_entropy(hidden @ weight.T + bias, target)`, and its gradients, with the logits of few tokens at a time.
 
-    The loss is that of `cross_entropy`. Tokens with the ignored id are left out before the first product. float16 and
-    bfloat16 arrays are computed in float32, and gradients rounded once.
+    The loss is that of `cross_entropy`. Tokens with the ignored id are left out before the first product. With float16 and
+    bfloat16 arrays logits and sums are float32, and gradients are rounded once.
 
     With ``backward="sampled"`` few entries of each token's gradient by its logits are kept, at random and without bias: with
     u uniform in (0, 1], t the threshold and s the factor of the token's probabilities (1 / temperature for a plain
@@ -219,7 +219,7 @@ def linear_logit_stats(
 
 
 class _Factors:
-    """Hidden states and weight as matrices of the accumulation type, and how the caller wrote them."""
+    """Hidden states and weight as matrices, in the dtype in which the caller has them, and the bias in that of sums."""
 
     def __init__(self, hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> None:
         """Checks them."""
@@ -234,14 +234,13 @@ class _Factors:
             raise ValueError(f"weight must have at least one class, got shape {w.shape}")
         if w.dtype != h.dtype:
             raise TypeError(f"weight must have the dtype of hidden, {h.dtype}, got {w.dtype}")
-        self.storage = h.dtype
         self.dtype = _arrays.accumulator_dtype(h)
         self.rows = h.shape[:-1]
         self.classes = w.shape[0]
         self.logits_shape = (*self.rows, self.classes)
-        self.hidden = h.reshape(-1, h.shape[-1]).astype(self.dtype, copy=False)
-        self.weight = w.astype(self.dtype, copy=False)
-        self.bias = _arrays.per_class(bias, "bias", self.weight, 0)
+        self.hidden = h.reshape(-1, h.shape[-1])
+        self.weight = w
+        self.bias = _arrays.per_class(bias, "bias", w, 0)
         self.tokens = len(self.hidden)
 
 
@@ -250,7 +249,7 @@ class _Projection:
 
     def __init__(self, factors: _Factors, kept: Array | None, chunk_tokens: int | None, carry_back: bool) -> None:
         self._factors, self._kept = factors, kept
-        self._hidden = np.ascontiguousarray(factors.hidden if kept is None else factors.hidden[kept])
+        self._hidden = np.ascontiguousarray(factors.hidden if kept is None else factors.hidden[kept], factors.dtype)
         self.tokens = len(self._hidden)
         self._size = _chunks.chunk_size(chunk_tokens, self.tokens, factors.classes)
         self._room = _arrays.fresh_matrix((self._size, factors.classes), factors.dtype)
@@ -279,7 +278,7 @@ class _Projection:
             self._grad_weight.fill(0)
         by_hidden = self._grad_hidden
         if self._kept is not None:
-            by_hidden = np.zeros_like(self._factors.hidden)
+            by_hidden = np.zeros(self._factors.hidden.shape, self._factors.dtype)
             by_hidden[self._kept] = self._grad_hidden
         return _as_written(by_hidden, self._grad_weight, self._grad_bias, self._factors)
 
@@ -310,7 +309,7 @@ def _sampled_gradients(entries: SparseGradient, factors: _Factors) -> Gradients:
 
 def _as_written(by_hidden: Array, by_weight: Array, by_bias: Array, factors: _Factors) -> Gradients:
     """In the shapes and the dtype of the arguments."""
-    storage = factors.storage
+    storage = factors.weight.dtype
     return (
         by_hidden.reshape(*factors.rows, by_hidden.shape[1]).astype(storage, copy=False),
         by_weight.astype(storage, copy=False),
