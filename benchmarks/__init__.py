@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmarks of fastloss against its peers: `python -m benchmarks --help`."""

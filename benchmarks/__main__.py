@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark: `python -m benchmarks`.
 
 Checks every answer against float64 first, times the peers in turns, prints tables with what was to be reached and

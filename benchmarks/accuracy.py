@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accuracy: `python -m benchmarks.accuracy` compares fastloss and PyTorch eager with a wider arithmetic.
 
 For each dtype and kind of row: the error of a row's loss, relative to the loss, and of the entries of its gradient,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs of a benchmark: logits of one shape and dtype, targets, and the float64 answer."""
 
 from __future__ import annotations

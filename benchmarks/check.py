@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The answer comes first: what a job returned, against float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The comparison behind most sections: all peers on one case, answers checked, then timed in turns."""
 
 from __future__ import annotations

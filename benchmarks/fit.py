@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether time is linear in a size: a line with a cost per call, and how far the times are from it."""
 
 from __future__ import annotations

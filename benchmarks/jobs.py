@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is timed: one job is one operation of one peer on one case."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a figure depends on: processor, threads, memory, versions, commit, date."""
 
 from __future__ import annotations

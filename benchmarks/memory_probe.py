@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of one operation of one peer: `python -m benchmarks.memory_probe PEER OPERATION DTYPE SHAPE...`.
 
 The operation runs once to load, compile and start whatever it needs. Then the kernel's high-water mark of the resident

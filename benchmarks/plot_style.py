@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all plots share: colours, style, caption, bars."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plots of a result file: `python -m benchmarks.plots results/cpu-<model>.json` draws them again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results as data and as tables: a section yields rows and goals, and both are printed and written to JSON."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does sampling train as well? `python -m benchmarks.sampled_training` trains one small language model in several ways.
 
 The model and the text (Python's standard library) are those of `examples/train_lm.py`, the vocabulary the first ids of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How large and how long a run is."""
 
 from __future__ import annotations

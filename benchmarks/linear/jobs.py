@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is timed: loss with both gradients, and the bare products that it cannot do without."""
 
 from __future__ import annotations

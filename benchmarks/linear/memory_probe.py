@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of one call of linear cross-entropy: `python -m benchmarks.linear.memory_probe PEER DTYPE N V H`.
 
 A small call loads and starts whatever is needed. Then the kernel's high-water mark of the resident size is set back, loss

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of linear cross-entropy: time, memory, growth, threshold."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peers, one plug-in a file. A plug-in defines `peers() -> list[Peer]`, or raises ImportError where it cannot work.
 
 To add a peer, add a file here: nothing else has to know its name.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastloss through its NumPy API, where `return_grad=True` makes the gradient in the same trip over memory."""
 
 from __future__ import annotations

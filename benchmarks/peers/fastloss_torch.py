@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fastloss through PyTorch's autograd."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear cross-entropy: fastloss, exact and sampled; PyTorch with the logits stored, and PyTorch's own in chunks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """optax on JAX, jitted: `optax.softmax_cross_entropy_with_integer_labels`."""
 
 from __future__ import annotations

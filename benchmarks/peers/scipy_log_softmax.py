@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NumPy users' usual way: `scipy.special.log_softmax` and fancy indexing. One thread, since NumPy has one."""
 
 from __future__ import annotations

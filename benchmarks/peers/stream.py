@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The limit of the memory: read, and read + write in place, by all threads, on as many bytes and in the same rounds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`logits.clone()`: what PyTorch needs merely to write a tensor of the size of the gradient. Not a loss, but a mark."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PyTorch under `torch.compile`, compiled anew for each shape, so that it may specialise on it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PyTorch, eager: `torch.nn.functional.cross_entropy`."""
 
 from __future__ import annotations

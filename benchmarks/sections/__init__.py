@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sections of the benchmark, in the order of the report. A section is a function from settings to what it measured."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Growth of the time of loss and gradient with the number of rows, and of classes up to a million."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Large vocabularies: the loss alone; loss and gradient, into fresh memory and in place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear cross-entropy: loss and both gradients from hidden states and weights, exact and sampled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Growth of the time of linear cross-entropy with tokens, classes and features."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear cross-entropy where most tokens are ignored, as the prompts of a fine-tuning batch are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of linear cross-entropy, beyond factors and gradients, each peer in a process of its own."""
 
 from __future__ import annotations

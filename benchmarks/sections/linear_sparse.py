@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a row-sparse gradient of the weight buys: memory, and time of a training step with each optimizer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the threshold of the sampled backward buys: time, entries kept, and the variance of the gradients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Semantic segmentation: classes in dimension 1 of `(N, C, H, W)`, strided in memory."""
 
 from __future__ import annotations

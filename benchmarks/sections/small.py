@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small inputs, where the cost of a call decides."""
 
 from __future__ import annotations

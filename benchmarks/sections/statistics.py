@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entropy and top-1 in the same pass as the loss."""
 
 from __future__ import annotations

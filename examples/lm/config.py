@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training run depends on. The fields are the command line."""
 
 from __future__ import annotations

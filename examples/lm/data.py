@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text and tokens: Python's standard library in the ids of the Qwen vocabulary. Nothing is downloaded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of losses. To add one, add a line.
 
 A loss maps (hidden, head weight, targets) to a scalar and tells the stopwatch where it begins and ends, so that a loss

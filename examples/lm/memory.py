@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Resident memory of this process, now and at its peak (Linux; elsewhere the peak of the whole run)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small causal transformer whose embedding is also its vocabulary head."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two plots: the loss curves, and what a step costs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the runs show: a table and a few honest words."""
 
 from __future__ import annotations

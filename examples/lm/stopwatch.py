@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times of the parts of a step, without changing what autograd does.
 
 Forward: around the call. Backward: it starts at the loss, so the gradient of the loss is done when the gradient of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One training run with one loss, in this process: progress on the screen, result as JSON."""
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import platform
 import sys
+from importlib import metadata
 
 import numpy as np
 
@@ -21,15 +23,18 @@ GRADIENT_TOLERANCE = {"float32": 1e-6, "float64": 1e-14, "float16": 1e-3, "bfloa
 
 def main() -> int:
     """Prints the facts and the outcome of the checks; returns the exit status."""
-    print(f"fastloss {fastloss.__version__}")
-    for name, value in fastloss.build_info().items():
-        print(f"  {name + ':':<10} {value}")
-    print(f"  {'isa:':<10} {fastloss.isa()} (available: {', '.join(fastloss.available_isas())})")
-    print(f"  {'threads:':<10} {fastloss.get_num_threads()}")
-    if fastloss.build_info()["cuda"] != "no":
+    facts = fastloss.build_info()
+    print(f"fastloss {facts.pop('version')}")
+    facts["python"] = f"{platform.python_version()}, NumPy {np.__version__}, PyTorch {torch_version()}"
+    facts["system"] = f"{platform.system()} {platform.machine()}"
+    facts["isa"] = f"{fastloss.isa()} (available: {', '.join(fastloss.available_isas())})"
+    facts["threads"] = str(fastloss.get_num_threads())
+    if facts["cuda"] != "no":
         from fastloss import _cuda
 
-        print(f"  {'gpus:':<10} {_cuda.device_count() or 'no CUDA device'}")
+        facts["gpus"] = str(_cuda.device_count() or "no CUDA device")
+    for name, value in facts.items():
+        print(f"  {name + ':':<10} {value}")
     chosen = fastloss.isa()
     failures = 0
     for isa in fastloss.available_isas():
@@ -39,11 +44,19 @@ def main() -> int:
             good = loss_error <= LOSS_TOLERANCE[dtype] and gradient_error <= GRADIENT_TOLERANCE[dtype]
             failures += not good
             print(
-                f"  {isa:<8} {dtype:<9} error of the loss {loss_error:.1e}, of the gradient {gradient_error:.1e}"
+                f"  {isa:<10} {dtype:<9} error of the loss {loss_error:.1e}, of the gradient {gradient_error:.1e}"
                 f"  {'ok' if good else 'FAILED'}"
             )
     _cpu.set_isa(chosen)
     return 1 if failures else 0
+
+
+def torch_version() -> str:
+    """Returns the version of PyTorch that is installed, without an import of it."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def errors(dtype: str) -> tuple[float, float]:

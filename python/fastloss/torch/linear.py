@@ -290,6 +290,33 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     The names in its state are those of PyTorch's module: ``linear.weight``, ``linear.bias``, ``weight``.
 
+    Args:
+        in_features: H, the width of the hidden states.
+        num_classes: C.
+        out_features: further dimensions ``(d1, ..., dK)`` of the head: one target each.
+        bias: whether the head has a bias.
+        device: where the head lies.
+        dtype: of the head.
+        reduction: see `linear_cross_entropy`, as for all that follow.
+        weight: class weights, shape ``(C)``; a buffer, as in PyTorch.
+        ignore_index: tokens with this id count nothing; None stands for -100.
+        label_smoothing: eps in [0, 1].
+        options: a `torch.nn.LinearCrossEntropyOptions`.
+        z_loss: factor of the squared log-sum-exp.
+        softcap: bound of the logits.
+        temperature: divides the logits first.
+        logit_bias: one number a class, shape ``(C)``; a buffer.
+        backward: ``"exact"`` or ``"sampled"``.
+        threshold: t in (0, 1], for the sampled backward.
+        sparse: row-sparse gradients of the head, for the sampled backward.
+        chunk_tokens: tokens whose logits are made at a time.
+
+    A `denominator` and a `seed` may change from call to call: they are given to `forward`, after input and target.
+
+    Raises:
+        TypeError: an option has a type that has no meaning here.
+        ValueError: an option has a wrong value or shape.
+
     Example:
         >>> import torch
         >>> criterion = LinearCrossEntropyLoss(16, 1000, backward="sampled")
