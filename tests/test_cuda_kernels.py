@@ -370,9 +370,9 @@ def test_gradient_of_another_dtype_is_refused(rng):
         call.backward(np.zeros((2, 5)))
 
 
-def test_device_that_is_not_there_is_refused():
+def test_device_that_is_not_the_current_one_is_refused():
     logits = np.zeros((2, 5), np.float32)
-    with pytest.raises(RuntimeError, match="invalid device"):
+    with pytest.raises(ValueError, match="current CUDA device"):
         cuda.workspace_bytes((logits.ctypes.data, 0, (2, 5), (5, 1), 1), 7, 0)
 
 

@@ -59,6 +59,17 @@ def test_argmax_and_rank_put_the_first_of_equals_first(dtype, axis, rng, order):
     np.testing.assert_array_equal(out["rank"], reference.rank(z, ids))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rank_of_a_row_whose_scan_is_shared_among_blocks(dtype, rng, order):
+    """A block that ranks has all of the row, and room for more of it than one that scanned a part: of 32 KiB, here."""
+    classes = 4 * (32 << 10) // np.dtype(DTYPES[dtype]).itemsize
+    logits = rng.standard_normal((2, classes)).astype(DTYPES[dtype])
+    ids = rng.integers(classes, size=(2, 1))
+    assert parts_of(cuda, logits) == 4
+    out, _ = statistics(cuda, logits, ids, ("rank",))
+    np.testing.assert_array_equal(out["rank"], reference.rank(reference.wide(logits), ids))
+
+
 def test_argmax_of_a_row_shared_among_blocks_is_the_first(rng):
     logits = np.zeros((1, 200_000), np.float32)
     logits[0, [7, 100_000, 199_999]] = 3

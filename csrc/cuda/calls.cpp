@@ -19,20 +19,17 @@ DeviceUpstream upstream_of(const Upstream& upstream) { return {upstream.data, up
 
 }  // namespace
 
-Device::Device(int index, uintptr_t stream) : index_(index), stream_(reinterpret_cast<cudaStream_t>(stream)) {
-  check(cudaGetDevice(&before_), "no CUDA device");
-  if (before_ != index_) check(cudaSetDevice(index_), "cudaSetDevice");
-  const auto ask = [this](int& value, cudaDeviceAttr attribute) {
-    check(cudaDeviceGetAttribute(&value, attribute, index_), "cudaDeviceGetAttribute");
+Device::Device(int index, uintptr_t stream) : stream_(reinterpret_cast<cudaStream_t>(stream)) {
+  int current = 0;
+  check(cudaGetDevice(&current), "no CUDA device");
+  if (current != index) throw std::invalid_argument("the current CUDA device is another than that of the logits");
+  const auto ask = [index](int& value, cudaDeviceAttr attribute) {
+    check(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
   };
   ask(gpu_.multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(gpu_.shared_of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   ask(gpu_.shared_of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   ask(gpu_.clusters, cudaDevAttrClusterLaunch);
-}
-
-Device::~Device() {
-  if (before_ != index_) cudaSetDevice(before_);
 }
 
 int device_count() {
@@ -129,7 +126,7 @@ void statistics(const Tensor& logits, const Targets& targets, const Transform& t
   kernels.scan(p, {}, results, device.stream());
   if (p.parts > 1) kernels.merge(p, {}, results, device.stream());
   if (!out.rank) return;
-  p.parts = 1;
+  plan_parts(p, 1);
   kernels.rank(p, results, device.stream());
 }
 

@@ -22,14 +22,10 @@ struct Gpu {
 class Device {
  public:
   Device(int index, uintptr_t stream);
-  ~Device();
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
   cudaStream_t stream() const { return stream_; }
   const Gpu& gpu() const { return gpu_; }
 
  private:
-  int before_ = 0, index_;
   Gpu gpu_;
   cudaStream_t stream_;
 };

@@ -120,17 +120,21 @@ void plan(Problem& p, int multiprocessors) {
     blocks = p.rows / (kThreads / p.warps_per_row);
     most_parts = p.classes / (kLeastStrided * kWarps);
   }
-  p.parts = 1;
+  int64_t parts = 1;
   if (blocks < wanted) {
-    const int64_t parts = std::min(wanted / std::max<int64_t>(blocks, 1), most_parts);
-    p.parts = static_cast<int>(std::clamp<int64_t>(parts, 1, kMostParts));
+    parts = std::clamp<int64_t>(std::min(wanted / std::max<int64_t>(blocks, 1), most_parts), 1, kMostParts);
   }
-  p.batches = p.adjacent ? std::min(kAhead, batches_of(p, p.parts)) : 0;
+  plan_parts(p, static_cast<int>(parts));
+}
+
+void plan_parts(Problem& p, int parts) {
+  p.parts = parts;
+  p.batches = p.adjacent ? std::min(kAhead, batches_of(p, parts)) : 0;
 }
 
 void plan_blocks_of_rows(Problem& p) {
   share_row(p, kThreads / kWarp);
-  p.batches = std::min(kAhead, batches_of(p, 1));
+  plan_parts(p, 1);
 }
 
 Problem loss_problem(const CrossEntropyCall& call, const Tensor& grad) {

@@ -17,6 +17,8 @@ Problem problem(const Tensor& logits, const Tensor& soft, const Tensor& grad, co
 
 // Shares rows among warps, and among blocks where there are too few rows to fill the GPU.
 void plan(Problem& p, int multiprocessors);
+// The same rows in so many parts, each of them a block's.
+void plan_parts(Problem& p, int parts);
 // A block a row.
 void plan_blocks_of_rows(Problem& p);
 

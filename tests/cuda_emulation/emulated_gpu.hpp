@@ -2,7 +2,8 @@
 // csrc/cuda/gpu.cuh on the CPU: the kernels compile as C++, and each thread of a block, or of the blocks of a cluster, is a
 // fiber. Fibers change over where threads wait for each other, at the barriers of block and cluster and where a warp exchanges
 // values; in between, each runs by itself, from the first thread to the last or the other way round. So what one thread may not
-// see before a barrier, it sees wrongly in one of the two orders. What this cannot show: speed, the memory model of a GPU, and
+// see before a barrier, it sees wrongly in one of the two orders; and what it fetches comes as late as it may in the first one,
+// at once in the other. What this cannot show: speed, the memory model of a GPU, and
 // what its hardware rounds differently.
 #pragma once
 
@@ -63,12 +64,12 @@ class Cluster {
       fibers_[i].context.uc_link = &scheduler_;
       makecontext(&fibers_[i].context, &Cluster::enter, 0);
     }
-    const bool backwards = getenv("FASTLOSS_EMULATION_BACKWARDS") != nullptr;
+    backwards_ = getenv("FASTLOSS_EMULATION_BACKWARDS") != nullptr;
     int begun = 1;  // blocks: the next one begins when all threads of these wait
     for (int left = all; left > 0;) {
       bool moved = false;
       for (int i = 0; i < begun * threads; ++i) {
-        const int thread = backwards ? all - 1 - i : i;
+        const int thread = backwards_ ? all - 1 - i : i;
         Fiber& fiber = fibers_[thread];
         if (fiber.done || !may_go(thread)) continue;
         moved = true;
@@ -86,11 +87,14 @@ class Cluster {
   int block() const { return current_ / threads_; }
   Vector* shared_vectors() { return shared_[block()].data(); }
 
-  // Nothing comes before somebody waits for it.
   void fetch(Vector* shared, const void* global) {
     const std::vector<Vector>& room = shared_[block()];
     if (shared < room.data() || shared >= room.data() + room.size()) fail("a vector is fetched to where no room is");
-    fibers_[current_].on_their_way.push_back({shared, global});
+    if (backwards_) {
+      memcpy(shared, global, sizeof(Vector));
+    } else {
+      fibers_[current_].on_their_way.push_back({shared, global});
+    }
   }
   void end_of_fetch() { fibers_[current_].on_their_way.push_back({nullptr, nullptr}); }
   void wait_for_fetched(int groups) {
@@ -249,6 +253,7 @@ class Cluster {
   std::vector<void*> stacks_;
   ucontext_t scheduler_;
   int current_ = 0;
+  bool backwards_ = false;
 };
 
 Cluster cluster;

@@ -8,7 +8,10 @@ row becomes NaN. With the environment variable `FASTLOSS_DEBUG=1` every call che
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +22,8 @@ from fastloss._options import NONE, row_shape
 from fastloss.torch import ops
 from fastloss.torch.ahead import OnGpu
 from fastloss.torch.ops import CODES, Options, accumulation_dtype
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEBUG = os.environ.get("FASTLOSS_DEBUG", "0") not in ("", "0")
 
@@ -31,6 +36,20 @@ def device_count() -> int:
 def where(tensor: Tensor) -> tuple[int, int]:
     """Index of its GPU, and the stream."""
     return tensor.device.index or 0, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def on_its_gpu(function: Function) -> Function:
+    """Runs the function with the GPU of its first argument as the current one: that is where kernels start."""
+
+    @functools.wraps(function)
+    def run(first: Any, *arguments: Any, **options: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first.hidden
+        if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+            return function(first, *arguments, **options)
+        with torch.cuda.device(tensor.device):
+            return function(first, *arguments, **options)
+
+    return run  # type: ignore[return-value]
 
 
 def workspace(logits: Tensor, dim: int, where: tuple[int, int]) -> Tensor:
@@ -51,6 +70,7 @@ def check_ids(target: Tensor, classes: int, ignore_index: int | None) -> None:
         raise IndexError(f"target{place} = {int(target.flatten()[first])} is out of range for {classes} classes")
 
 
+@on_its_gpu
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -91,6 +111,7 @@ def cross_entropy(
     return loss, saved, scale
 
 
+@on_its_gpu
 def cross_entropy_backward(
     upstream: Tensor,
     logits: Tensor,
@@ -119,6 +140,7 @@ def cross_entropy_backward(
     return grad
 
 
+@on_its_gpu
 def soft_target_gradient(
     upstream: Tensor,
     logits: Tensor,
@@ -143,6 +165,7 @@ def soft_target_gradient(
     return out
 
 
+@on_its_gpu
 def statistics(
     logits: Tensor,
     target: Tensor | None,
@@ -171,6 +194,7 @@ def statistics(
     )
 
 
+@on_its_gpu
 def gradient(
     logits: Tensor,
     saved: Tensor,
@@ -202,6 +226,7 @@ def gradient(
         grad.copy_(out)
 
 
+@on_its_gpu
 def scale(grad: Tensor, upstream: Tensor) -> None:
     """Multiplies in place, at no cost where the upstream gradient is 1 and the other lies in one piece."""
     if not grad.is_contiguous():

@@ -81,6 +81,7 @@ def _forward(
     return Loss(loss, saved if order is None else order.undo(saved), scale), projection.gradients()
 
 
+@cuda.on_its_gpu
 def cross_entropy(
     head: Head, task: Task, reduction: int, denominator: float | None, wanted: Wanted
 ) -> tuple[Loss, list[Tensor]]:
@@ -88,6 +89,7 @@ def cross_entropy(
     return _forward(head, task, reduction, denominator, wanted, None)
 
 
+@cuda.on_its_gpu
 def cross_entropy_backward(
     upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: Tensor, wanted: Wanted
 ) -> list[Tensor]:
@@ -134,7 +136,7 @@ class _Sampler:
         self.count = hidden.new_zeros(tokens, dtype=torch.int64)
         # Places that stay empty come behind all classes.
         self.columns = hidden.new_full((tokens, self._slots), classes, dtype=torch.int32)
-        self.values = hidden.new_empty((tokens, self._slots), dtype=accumulation_dtype(hidden.dtype))
+        self.values = hidden.new_zeros((tokens, self._slots), dtype=accumulation_dtype(hidden.dtype))
 
     def sample(self, call: _cpu.Call, saved: Tensor, numbers: Tensor, where: tuple[int, int]) -> None:
         """Keeps entries of a chunk whose tokens have these numbers."""
@@ -143,6 +145,7 @@ class _Sampler:
         _cuda.sample_chunk(call, saved.data_ptr(), random, places, *where)
 
 
+@cuda.on_its_gpu
 def cross_entropy_sampled(
     head: Head, task: Task, reduction: int, denominator: float | None, threshold: float, seed: Tensor
 ) -> tuple[Loss, Entries]:
@@ -191,6 +194,7 @@ class _Sums:
         return out
 
 
+@cuda.on_its_gpu
 def sampled_backward(upstream: Tensor, head: Head, entries: Entries, scale: Tensor, wanted: Wanted) -> list[Tensor]:
     """The gradients as sums over the kept entries, in a fixed order."""
     sums = _Sums(upstream, head, entries, scale)
@@ -204,6 +208,7 @@ def sampled_backward(upstream: Tensor, head: Head, entries: Entries, scale: Tens
     return [by_hidden, by_weight, by_bias]
 
 
+@cuda.on_its_gpu
 def sparse_backward(upstream: Tensor, head: Head, entries: Entries, scale: Tensor, wanted: Wanted) -> list[Tensor]:
     """As `linear_ops.sparse_backward`. Waits for the GPU: to take memory, the number of classes must be known."""
     sums = _Sums(upstream, head, entries, scale)
