@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 import fastloss.torch as fl  # noqa: E402
 import reference  # noqa: E402
-from fastloss._options import MEAN  # noqa: E402
+from fastloss._options import MEAN, NONE  # noqa: E402
 from fastloss.torch import ahead, ops  # noqa: E402
 from helpers import assert_cross_entropy_contract  # noqa: E402
 from reference import Options  # noqa: E402
@@ -71,6 +71,40 @@ def test_gpu_makes_loss_and_gradient_of_long_rows_in_clusters(dtype, blocks, opt
     assert torch.equal(again, loss)
     assert torch.equal(logits, gradient)
     assert_cross_entropy_contract(array(loss), array(gradient), array(before), array(target), Options(**options))
+
+
+@pytest.mark.parametrize(("classes", "blocks"), [(70_001, 3), (150_001, 5), (170_001, 6)])
+def test_gpu_clusters_take_several_rows_one_after_the_other(classes, blocks):
+    """The next row comes while a cluster writes the last one; rows begin anywhere, and some of them are ignored."""
+    from fastloss import _cuda
+    from fastloss.torch.cuda import where
+
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    if torch.cuda.get_device_capability() < (9, 0) or multiprocessors < 8 * blocks:
+        pytest.skip("needs a GPU with such clusters")
+    rows = 24 * multiprocessors
+    logits = (3 * torch.randn(rows, classes + 1, device="cuda", dtype=torch.bfloat16))[:, 1:]
+    described = ops.describe(logits, 1)
+    _, parts, one_trip, turns = _cuda.plan(described, described, *where(logits))
+    assert one_trip
+    assert parts > 1
+    assert turns > 1
+    target = torch.randint(classes, (rows,), device="cuda")
+    target[::7] = -100
+    losses, gradient = one_trip_of(logits, target)
+    for begin in range(0, rows, 600):  # so few rows that a cluster takes one
+        part = slice(begin, begin + 600)
+        of_part = one_trip_of(logits[part], target[part])
+        torch.testing.assert_close((losses[part], gradient[part]), of_part, rtol=2**-7, atol=1e-30)
+    some = torch.arange(0, rows, rows // 12, device="cuda")
+    found = (array(tensor[some]) for tensor in (losses, gradient, logits, target))
+    assert_cross_entropy_contract(*found, reduction="none")
+
+
+def one_trip_of(logits, target):
+    """The loss of each row and its gradient."""
+    gradient = torch.full_like(logits, float("nan"))
+    return ops.cross_entropy(logits, target, None, None, ops.Options(1), NONE, None, False, gradient)[0], gradient
 
 
 def test_gpu_graph_replays_clusters():

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Builds fastloss for the GPU of this machine, tests it there and measures it: `make gpu`.
 #
-# Needs nvcc, PyTorch with CUDA, CMake, ninja, pybind11, scikit-build-core, pytest and hypothesis in $PYTHON (python3), and no
-# network; whom benchmarks/gpu_peers.py names is measured where PYTHONPATH has it. Takes less than 8 minutes: each step has its
-# limit, in seconds. Results go to benchmarks/results/cuda-*.
+# Needs nvcc, PyTorch with CUDA, CMake, ninja, pybind11, scikit-build-core, pytest, hypothesis and ml_dtypes in $PYTHON (python3),
+# and no network; with pytest-xdist the tests take one minute instead of many. Whom benchmarks/gpu_peers.py names is measured
+# where PYTHONPATH has it. Takes less than 8 minutes: each step has its limit, in seconds. Results go to
+# benchmarks/results/cuda-*.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -32,7 +33,7 @@ timeout 120 "$python" -m pytest -q "${parallel[@]}" -k "cuda or gpu" tests/test_
   tests/test_linear_torch.py tests/test_linear_places.py tests/test_linear_autograd.py || status=$?
 
 step "benchmark"
-timeout 150 "$python" -m benchmarks.gpu ${BENCH_ARGS:-}
+timeout 150 "$python" -m benchmarks.gpu ${BENCH_ARGS:-} || status=$?
 
 # Our kernels alone: those of PyTorch and cuBLAS are not watched.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
@@ -48,7 +49,7 @@ for tool in memcheck racecheck; do
     continue
   fi
   result=0
-  timeout 30 "$sanitizer" --tool "$tool" "$ours" kns=fastloss --report-api-errors no --error-exitcode 3 \
+  timeout 50 "$sanitizer" --tool "$tool" "$ours" kns=fastloss --report-api-errors no --error-exitcode 3 \
     "$python" tools/gpu_sanitize.py || result=$?
   case $result in
     0) ;;

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -151,7 +152,7 @@ __device__ inline void wait_for_arrivals([[maybe_unused]] Arrivals& arrivals, [[
   while (!there) {
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(there)
         : "r"(shared_address(&arrivals.barrier)), "r"(turn % 2)
@@ -175,13 +176,22 @@ struct LaunchShape {
 };
 constexpr int kSharedBytesForAll = 16 << 10;  // beside 32 KiB that a kernel has itself, at most: more must be asked for
 
+// Lets the kernel have so much. It is never taken back: another thread may be about to launch it with more.
+template <class... Parameters>
+void allow_shared_bytes(void (*kernel)(Parameters...), int bytes) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  if (attributes.maxDynamicSharedSizeBytes >= bytes) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchShape& shape, cudaStream_t stream, const Arguments&... arguments) {
   if (shape.blocks == 0 || shape.parts == 0) return;
   const dim3 grid(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.parts));
-  if (shape.shared_bytes > kSharedBytesForAll) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), "shared memory");
-  }
+  if (shape.shared_bytes > kSharedBytesForAll) allow_shared_bytes(kernel, shape.shared_bytes);
   if (shape.clusters) {
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
