@@ -124,9 +124,13 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
     const py::gil_scoped_release release;
     ordered_product(hidden, weight, pointer<const void>(bias), out);
   });
+  m.def("product", [](const Tensor& left, const Tensor& right, const Tensor& out) {
+    const py::gil_scoped_release release;
+    product(left, right, ProductSums::kInBlocks, out);
+  });
   m.def("add_product", [](const Tensor& left, const Tensor& right, bool add, const Tensor& out) {
     const py::gil_scoped_release release;
-    add_product(left, right, add, out);
+    product(left, right, add ? ProductSums::kAdded : ProductSums::kNew, out);
   });
   m.def("multiply",
         [](int64_t rows, uintptr_t start, uintptr_t ids, uintptr_t values, const Tensor& matrix, const Tensor& out) {

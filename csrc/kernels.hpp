@@ -159,6 +159,10 @@ struct Sampling {
   RandomKey key = {};
 };
 
+// The sums of a product: one chain of additions, new or from what is there, which may go on in a later product; or those of
+// blocks of ProductBlocks::depth terms, added up, whose error does not grow with their number as that of a chain does.
+enum class ProductSums { kNew, kAdded, kInBlocks };
+
 struct RowKernels {
   // z of the target ids, in double: z[row * k + i].
   void (*gather)(const Pass&, const Tile& logits, int rows, const TargetIds&, double* z);
@@ -198,10 +202,9 @@ struct RowKernels {
   void (*ordered_product)(const void* left, int64_t step, int64_t rows, const Tile& matrix, int64_t begin, int64_t end,
                           int64_t depth, const void* bias, const Tile& out, bool stream, void* room);
 
-  // out[i][j] = sum_k left[i][k] right[j][k] in the order of k, added to what is there if `add`; `out` has the accumulation
-  // type, and `room` is for room_of_product numbers of it.
-  void (*add_product)(const Tile& left, int64_t rows, const Tile& right, int64_t columns, int64_t depth, bool add, void* out,
-                      int64_t out_step, void* room);
+  // out[i][j] = sum_k left[i][k] right[j][k]; `out` has the accumulation type, and `room` is for room_of_product numbers of it.
+  void (*product)(const Tile& left, int64_t rows, const Tile& right, int64_t columns, int64_t depth, ProductSums sums,
+                  void* out, int64_t out_step, void* room);
 };
 
 namespace {

@@ -44,7 +44,7 @@ void ordered_product(const Tensor& hidden, const Tensor& weight, const void* bia
   });
 }
 
-void add_product(const Tensor& left, const Tensor& right, bool add, const Tensor& out) {
+void product(const Tensor& left, const Tensor& right, ProductSums sums, const Tensor& out) {
   constexpr int64_t kTasksOfThread = 8, kManyRows = 768, kLeastRows = 24, kMostColumns = 1024;
   const int64_t rows = out.shape[0], columns = out.shape[1], depth = right.shape[0];
   if (rows * columns == 0) return;
@@ -69,8 +69,8 @@ void add_product(const Tensor& left, const Tensor& right, bool add, const Tensor
     for (int64_t first = task % across * wide; first < end; first += kMostColumns) {
       const int64_t count = std::min(kMostColumns, end - first);
       const Tile with{moved(right, first * right.strides[1]), right.dtype, right.strides[1], right.strides[0]};
-      table.add_product(from, rows_end - row, with, count, depth, add, moved(out, row * out.strides[0] + first), out.strides[0],
-                        room.of(room_of_product(count, depth) * itemsize));
+      table.product(from, rows_end - row, with, count, depth, sums, moved(out, row * out.strides[0] + first), out.strides[0],
+                    room.of(room_of_product(count, depth) * itemsize));
     }
   });
 }

@@ -12,7 +12,7 @@ void ordered_product(const Tensor& hidden, const Tensor& weight, const void* bia
 
 // out = left right, or that added to `out`, each sum in the order of the rows of `right`. The factors may have any strides and
 // types of the accumulation type that `out` has; its columns are adjacent.
-void add_product(const Tensor& left, const Tensor& right, bool add, const Tensor& out);
+void product(const Tensor& left, const Tensor& right, ProductSums sums, const Tensor& out);
 
 // A sparse matrix in compressed rows: row r holds ids[start[r]] ... ids[start[r + 1]], in ascending order, with their values
 // of the accumulation type.

@@ -78,11 +78,11 @@ struct Start {
   int64_t row_step;
 };
 
-// out[i][j] = start[i][j] + sum_k left[i][k] panel[k][j] for kRows rows, one fused multiply-add after the other. `start` may be
-// `out`.
+// out[i][j] = start[i][j] + sum_k left[i][k] panel[k][j] for kRows rows, one fused multiply-add after the other, and that added
+// to what is in `out` if it `adds`. `start` may be `out`.
 template <class V, int kRows, class T>
 void ordered_sums(const Left<typename V::T>& left, const typename V::T* panel, int64_t depth, const Start<typename V::T>& start,
-                  T* out, int64_t out_step, bool stream) {
+                  T* out, int64_t out_step, bool adds, bool stream) {
   constexpr int kRegs = sizeof(typename V::Reg) == 64 ? 4 : 2;  // kRows of them fit into 32 registers, or into 16
   for (int first = 0; first < kLanes; first += kRegs * V::kWidth) {
     typename V::Reg sum[kRows][kRegs];
@@ -106,17 +106,23 @@ void ordered_sums(const Left<typename V::T>& left, const typename V::T* panel, i
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRegs; ++r) store_or_stream<V>(out + i * out_step + first + r * V::kWidth, sum[i][r], stream);
+      for (int r = 0; r < kRegs; ++r) {
+        T* const to = out + i * out_step + first + r * V::kWidth;
+        if constexpr (sizeof(T) == sizeof(typename V::T)) {
+          if (adds) sum[i][r] = V::add(V::load(to), sum[i][r]);
+        }
+        store_or_stream<V>(to, sum[i][r], stream);
+      }
     }
   }
 }
 
 // Those of all rows of the left factor and the first `width` columns of a panel: kProductRows at a time, what is left one by
-// one. `start` is a row of the accumulation type, or null: then sums begin with what is in `out`. Calls before(row, count) of
-// each.
+// one. `start` is a row of the accumulation type, or null: then sums begin with what is in `out`, to which they are added at
+// the end if they `add`. Calls before(row, count) of each.
 template <class V, class T, class Before>
 void panel_sums(const Left<typename V::T>& left, int64_t rows, const typename V::T* panel, int64_t depth, int64_t width,
-                const typename V::T* start, T* out, int64_t out_step, bool stream, Before before) {
+                const typename V::T* start, T* out, int64_t out_step, bool add, bool stream, Before before) {
   using A = typename V::T;
   T part[kProductRows * kLanes] = {};  // of a panel that is not full
   const bool full = width == kLanes;
@@ -128,13 +134,13 @@ void panel_sums(const Left<typename V::T>& left, int64_t rows, const typename V:
     const int64_t to_step = full ? out_step : kLanes;
     Start<A> from = {start, 0};
     if constexpr (sizeof(T) == sizeof(A)) {
-      for (int i = 0; i < count && !start && !full; ++i) {
+      for (int i = 0; i < count && (!start || add) && !full; ++i) {
         __builtin_memcpy(part + i * kLanes, there + i * out_step, width * sizeof(T));
       }
       if (!start) from = {to, to_step};
     }
-    count == kProductRows ? ordered_sums<V, kProductRows>(left.from(row), panel, depth, from, to, to_step, stream && full)
-                          : ordered_sums<V, 1>(left.from(row), panel, depth, from, to, to_step, stream && full);
+    count == kProductRows ? ordered_sums<V, kProductRows>(left.from(row), panel, depth, from, to, to_step, add, stream && full)
+                          : ordered_sums<V, 1>(left.from(row), panel, depth, from, to, to_step, add, stream && full);
     for (int i = 0; i < count && !full; ++i) {
       __builtin_memcpy(there + i * out_step, part + i * kLanes, width * sizeof(T));
     }
@@ -158,7 +164,7 @@ void ordered_product(const void* left, int64_t step, int64_t rows, const Tile& m
         A start[kLanes] = {};
         if (bias) __builtin_memcpy(start, static_cast<const A*>(bias) + first, columns * sizeof(A));
         pack_columns<V>(matrix, first, columns, 0, depth, panel);
-        panel_sums<V>(from, rows, panel, depth, columns, start, element<T>(out, 0, first), out.row_step, stream,
+        panel_sums<V>(from, rows, panel, depth, columns, start, element<T>(out, 0, first), out.row_step, false, stream,
                       [&](int64_t row, int count) {
                         if (next <= 0) return;
                         fetch_rows(matrix, behind + next * row / rows, behind + next * (row + count) / rows, depth);
@@ -204,11 +210,11 @@ Left<typename V::T> left_rows(const Tile& matrix, int64_t first, int64_t rows, i
   });
 }
 
-// out[i][j] = sum_k left[i][k] right[j][k], added to what is there if `add`, in the order of k: for a block of k at a time the
-// right factor is packed, and rows of the left factor that share L2 with a panel of the right one.
+// out[i][j] = sum_k left[i][k] right[j][k], for a block of k at a time: of that the right factor is packed, and rows of the
+// left factor that share L2 with a panel of the right one.
 template <class V>
-void add_product(const Tile& left, int64_t rows, const Tile& right, int64_t columns, int64_t depth, bool add, void* out,
-                 int64_t out_step, void* room) {
+void product(const Tile& left, int64_t rows, const Tile& right, int64_t columns, int64_t depth, ProductSums sums, void* out,
+             int64_t out_step, void* room) {
   using A = typename V::T;
   constexpr A kZeros[kLanes] = {};
   const ProductBlocks blocks = product_blocks(depth);
@@ -216,7 +222,8 @@ void add_product(const Tile& left, int64_t rows, const Tile& right, int64_t colu
   A* const panels = packed + blocks.rows * blocks.depth;
   for (int64_t from = 0; from == 0 || from < depth; from += blocks.depth) {  // an empty sum is 0
     const int64_t count = smaller(blocks.depth, depth - from);
-    const bool adds = add || from > 0;
+    const bool later = from > 0, apart = sums == ProductSums::kInBlocks;
+    const A* const start = apart || (sums == ProductSums::kNew && !later) ? kZeros : nullptr;
     for (int64_t first = 0; first < columns; first += kLanes) {
       pack_columns<V>(right, first, static_cast<int>(smaller(kLanes, columns - first)), from, count, panels + first * count);
     }
@@ -226,7 +233,7 @@ void add_product(const Tile& left, int64_t rows, const Tile& right, int64_t colu
       for (int64_t first = 0; first < columns; first += kLanes) {
         const int64_t width = smaller(kLanes, columns - first);
         A* const to = static_cast<A*>(out) + begin * out_step + first;
-        panel_sums<V>(block, end - begin, panels + first * count, count, width, adds ? nullptr : kZeros, to, out_step, false,
+        panel_sums<V>(block, end - begin, panels + first * count, count, width, start, to, out_step, apart && later, false,
                       [&](int64_t row, int) {  // where the next sums go
                         for (int64_t i = row + kProductRows; i < smaller(row + 2 * kProductRows, end - begin); ++i) {
                           for (int64_t j = 0; j < width; j += 64 / sizeof(A)) __builtin_prefetch(to + i * out_step + j, 1);

@@ -56,7 +56,7 @@ struct Outcome {
   std::vector<double> z, partials;
   std::vector<RowStats> stats;
   std::vector<int64_t> ranks;
-  std::vector<char> gradient, soft_gradient, combined, rounded, product, sums;
+  std::vector<char> gradient, soft_gradient, combined, rounded, product, sums[2];
   // The same, from logits, from the exponentials of a scan, and from those where they took the place of the logits.
   std::vector<char> plain_gradient, gradient_of_powers, gradient_in_place;
   std::vector<double> sampled;  // columns and values in turn
@@ -186,9 +186,12 @@ Outcome run(const Kernels& kernels, const Case& c) {
   k.ordered_product(numbers.data(), depth, left_rows, {logits.data(), c.dtype, depth, 1}, 0, columns, depth, nullptr,
                     {out.product.data(), c.dtype, columns, 1}, true, room.data());
   room.resize(room_of_product(columns, depth) * sizeof(double));
-  out.sums.assign(left_rows * columns * sizeof(double), 0);
-  k.add_product({logits.data(), c.dtype, 1, left_rows}, left_rows, {logits.data(), c.dtype, 1, columns}, columns, depth, true,
-                out.sums.data(), columns, room.data());
+  for (std::vector<char>& sums : out.sums) sums.assign(left_rows * columns * sizeof(double), 0);
+  const Tile left = {logits.data(), c.dtype, 1, left_rows}, right = {logits.data(), c.dtype, 1, columns};
+  for (const ProductSums sums : {ProductSums::kAdded, ProductSums::kInBlocks}) {
+    k.product(left, left_rows, right, columns, depth, sums, out.sums[sums == ProductSums::kInBlocks].data(), columns,
+              room.data());
+  }
   out.gradient = logits;  // in place
   k.gradient(pass, tile(out.gradient), c.kind == 0 ? Tile{} : tile(soft), c.rows, 0, blocks, coefficients.data(), ids, g.data(),
              corrected.data(), {}, tile(out.gradient), buffers.scratch);
@@ -235,7 +238,9 @@ const char* difference(const Outcome& a, const Outcome& b, Dtype dtype) {
   if (!same_numbers(a.combined, b.combined, dtype)) return "weighted rows";
   if (!same_numbers(a.rounded, b.rounded, dtype)) return "rounded rows";
   if (!same_numbers(a.product, b.product, dtype)) return "a product";
-  if (!same_numbers(a.sums, b.sums, dtype == kF64 ? kF64 : kF32)) return "sums of products";
+  for (int i = 0; i < 2; ++i) {
+    if (!same_numbers(a.sums[i], b.sums[i], dtype == kF64 ? kF64 : kF32)) return "sums of products";
+  }
   return nullptr;
 }
 

@@ -206,3 +206,38 @@ def test_sums_of_products_are_written_between_other_columns_and_nowhere_else(col
     assert_same_bits(np.ascontiguousarray(room[1:10, 2 : 2 + columns]), sum_of_products(left, right))
     room[1:10, 2 : 2 + columns] = 7
     assert (room == 7).all()
+
+
+def sum_in_blocks(left, right, out=None):
+    out = np.full((len(left), right.shape[1]), np.nan, accumulation(right.dtype)) if out is None else out
+    _cpu.product(tensor(left, 1), tensor(right, 1), tensor(out, 1))
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*PRODUCTS, (7, 4300, 70)], ids=str)
+def test_sums_in_blocks_are_right_and_have_the_same_bits_for_any_threads_and_isa(shape, dtype, rng, set_threads):
+    left, right = factors_of_sum(shape, DTYPES[dtype], rng, ("rows", "columns"))
+    exact, scale = (f(left.astype(np.float64)) @ f(right.astype(np.float64)) for f in (lambda x: x, np.abs))
+    unit = 2.0**-53 if dtype == "float64" else 2.0**-24
+    before, results = fastloss.isa(), []
+    try:
+        for isa in fastloss.available_isas():
+            _cpu.set_isa(isa)
+            for threads in (1, 2, 7, 40):
+                set_threads(threads)
+                room = np.full((shape[0], shape[2] + 2), np.nan, accumulation(right.dtype))
+                results.append(np.ascontiguousarray(sum_in_blocks(left, right, room[:, 1:-1])))
+                assert np.isnan(room[:, [0, -1]]).all()
+    finally:
+        _cpu.set_isa(before)
+    for found in results:
+        assert_same_bits(found, results[0])
+    assert (np.abs(results[0] - exact) <= (shape[1] + 1) * unit * scale).all()
+
+
+def test_errors_of_long_sums_in_blocks_are_small(rng):
+    left, right = factors_of_sum((20, 128_256, 20), np.float32, rng)
+    exact = left.astype(np.float64) @ right.astype(np.float64)
+    chain, blocks = (np.sqrt(np.mean((f(left, right) - exact) ** 2)) for f in (sum_of_products, sum_in_blocks))
+    assert blocks < chain / 4

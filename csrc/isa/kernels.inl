@@ -249,7 +249,7 @@ int sample(const Pass& pass, const Tile& logits, const Tile& soft, int64_t block
 template <class V>
 constexpr RowKernels row_kernels() {
   return {&gather<V>,        &scan<V>,  &finish<V>,        &gradient<V>,        &sample<V>,
-          &weighted_rows<V>, &round<V>, &soft_gradient<V>, &ordered_product<V>, &add_product<V>};
+          &weighted_rows<V>, &round<V>, &soft_gradient<V>, &ordered_product<V>, &product<V>};
 }
 
 template <class Isa>

@@ -268,7 +268,8 @@ class _Projection:
         return out
 
     def carry_back(self, tokens: slice, grad: Array) -> None:
-        _add_product(grad, self._factors.weight, self._grad_hidden[tokens], add=False)
+        factors = _arrays.tensor(grad, 1), _arrays.tensor(self._factors.weight, 1)
+        _cpu.product(*factors, _arrays.tensor(self._grad_hidden[tokens], 1))
         _add_product(grad.T, self._hidden[tokens], self._grad_weight, add=tokens.start > 0)
         if self._factors.bias is not None:
             _add_product(np.ones((1, len(grad)), grad.dtype), grad, self._grad_bias[None], add=True)

@@ -45,7 +45,7 @@ def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
         return
     sums = accumulation_dtype(out.dtype)
     total = out if sums == out.dtype else torch.empty(out.shape, dtype=sums, device="cpu")
-    _add_product(grad, weight, total, add=False)
+    _cpu.product(describe(grad, 1), describe(weight, 1), describe(total, 1))
     if total is not out:
         out.copy_(total)
 
