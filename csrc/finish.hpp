@@ -35,10 +35,10 @@ void finish_rows(const Pass& pass, const Partials& partials, int rows, RowStats*
         sum_x = V::add(sum_x, V::mul(V::add(part(b, kSumX), V::zero_where_zero(V::mul(shift, sum), scale)), scale));
       }
       if (pass.want & kWantSumSq) sum_sq = V::add(sum_sq, V::mul(V::mul(part(b, kSumSq), scale), scale));
-      // No weight: nothing, even of a block of only -inf.
+      // No weight: no shift, even of a block of only -inf.
       const auto add_weighted = [&](PartialField value, PartialField by, typename V::Reg& to, typename V::Reg& total) {
         const auto w = part(b, by);
-        to = V::add(to, V::zero_where_zero(V::add(part(b, value), V::mul(shift, w)), w));
+        to = V::add(to, V::add(part(b, value), V::zero_where_zero(V::mul(shift, w), w)));
         total = V::add(total, w);
       };
       if (pass.want & kWantWeighted) add_weighted(kWeighted, kWeight, weighted, weight);

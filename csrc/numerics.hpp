@@ -160,9 +160,9 @@ FASTLOSS_HD inline double cross_entropy_of_soft_target(const CrossEntropyOptions
                                                        SavedRow* saved) {
   const double l = s.log_sum;
   const double L = s.max + l;
-  const double share = o.label_smoothing / static_cast<double>(classes);
-  double loss = (1.0 - o.label_smoothing) * (s.soft_weight * l - s.soft);
-  double mass = (1.0 - o.label_smoothing) * s.soft_weight;
+  const double share = o.label_smoothing / static_cast<double>(classes), own = 1.0 - o.label_smoothing;
+  double loss = own == 0.0 ? 0.0 * l : own * (s.soft_weight * l - s.soft);
+  double mass = own * s.soft_weight;
   if (o.label_smoothing != 0.0) {
     loss += share * (s.weight * l - s.weighted);
     mass += share * s.weight;

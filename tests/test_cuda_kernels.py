@@ -243,6 +243,23 @@ def test_masked_class_of_weight_zero_is_left_out_of_smoothing():
     assert np.isfinite(check(logits, np.array([0]), options, reduction="none").loss[0])
 
 
+def test_smoothing_of_one_over_a_masked_class_of_a_soft_target_is_inf():
+    call = CudaCall(cuda, np.array([[0.0, -INF]], np.float32), np.full((1, 2), 0.5, np.float32), Options(label_smoothing=1.0))
+    call.forward()
+    assert call.loss == INF
+
+
+@pytest.mark.parametrize("rows", [1, 40], ids=["rows shared", "warps"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_signed_targets_that_add_up_to_nothing_count_all_the_same(dtype, rows, rng):
+    logits = rng.standard_normal((rows, 70_000)).astype(DTYPES[dtype])
+    signed = np.zeros_like(logits)
+    signed[:, [40_000, 69_000]] = [1.0, -1.0]
+    call = CudaCall(cuda, logits, signed, Options(), reduction="none")
+    call.forward()
+    np.testing.assert_allclose(call.loss, reference.wide(logits)[:, 69_000] - reference.wide(logits)[:, 40_000], atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [Options(), Options(softcap=5.0), Options(label_smoothing=0.1)])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES)

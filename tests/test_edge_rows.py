@@ -87,6 +87,30 @@ def test_masked_class_of_soft_target_zero_is_left_out(isa):
     assert_cross_entropy_contract(loss, gradient, logits, target, reduction="none")
 
 
+def test_smoothing_of_one_over_a_masked_class_of_a_soft_target_is_inf_as_its_formula(isa):
+    logits = np.array([[0.0, -INF]], np.float32)
+    loss, gradient = row_losses(logits, np.array([[0.5, 0.5]], np.float32), label_smoothing=1.0)
+    assert loss[0] == INF
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_targets_and_weights_that_add_up_to_nothing_count_all_the_same(dtype, axis, isa, rng):
+    """Their sum is 0 in the second block of classes, and in all; what they are multiplied with differs."""
+    logits = rng.standard_normal((4, 9000)).astype(DTYPES[dtype])
+    signed = np.zeros((4, 9000), DTYPES[dtype])
+    signed[:, [10, 5000, 6000, 8999]] = [[0.0, 0.5, -0.5, 0.0], [0.5, 1.0, -1.0, -0.5], [1.0, 0.25, -0.25, 0.0], [0.0] * 4]
+    laid_out = [array if axis == 1 else np.ascontiguousarray(array.T) for array in (logits, signed)]
+    z = reference.wide(logits)
+    gap = np.log(np.exp(z).sum(1, keepdims=True)) - z
+    loss = fastloss.cross_entropy(*laid_out, axis=axis, reduction="none")
+    np.testing.assert_allclose(loss, (reference.wide(signed) * gap).sum(1), rtol=1e-5, atol=1e-5)
+    weight, target = signed[1].astype(np.float32), np.zeros(4, np.int64)
+    loss = fastloss.cross_entropy(laid_out[0], target, weight, axis=axis, label_smoothing=0.5, reduction="none")
+    np.testing.assert_allclose(loss, 0.5 / 9000 * (weight * gap).sum(1), rtol=1e-4, atol=1e-7)
+
+
 def test_bias_of_minus_inf_masks_its_class(isa, rng):
     logits = rng.standard_normal((2, 300)).astype(np.float32)
     bias = np.where(np.arange(300) % 2, -INF, 0).astype(np.float32)

@@ -209,8 +209,8 @@ __device__ inline void merge(MergedSums& sums, const Part& part, double max, boo
   if (!holds_max) sums.others += part.sum * scale;
   sums.sum_x += (part.sum_x + (scale == 0.0 ? 0.0 : shift * part.sum)) * scale;
   sums.sum_sq += part.sum_sq * scale * scale;
-  if (part.weight != 0.0) sums.weighted += part.weighted + shift * part.weight;
-  if (part.soft_weight != 0.0) sums.soft += part.soft + shift * part.soft_weight;
+  sums.weighted += part.weight != 0.0 ? part.weighted + shift * part.weight : part.weighted;
+  sums.soft += part.soft_weight != 0.0 ? part.soft + shift * part.soft_weight : part.soft;
   sums.weight += part.weight;
   sums.soft_weight += part.soft_weight;
 }
