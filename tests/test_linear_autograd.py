@@ -148,6 +148,16 @@ def test_autocast_multiplies_in_its_dtype():
 
 
 @on_each_device
+def test_autocast_leaves_float64_alone():
+    hidden, weight, bias = factors(torch.float64)
+    with torch.autocast(hidden.device.type, torch.bfloat16):
+        loss = ours(hidden, weight, targets("ids"), linear_bias=bias)
+        with pytest.raises(TypeError, match="linear_weight must have the dtype of input, float64, got float32"):
+            ours(hidden, weight.float(), targets("ids"))
+    assert same_bits(loss, ours(hidden, weight, targets("ids"), linear_bias=bias))
+
+
+@on_each_device
 def test_checkpoints():
     hidden, weight, _ = factors()
     target = targets("ids")

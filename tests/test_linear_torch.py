@@ -198,11 +198,17 @@ def test_module_has_the_attributes_of_that_of_pytorch_and_shows_its_sizes():
         ({"options": "fast"}, TypeError, ["options", "str", "LinearCrossEntropyOptions"]),
         ({"ignore_index": "x"}, TypeError, ["ignore_index", "str"]),
         ({"backward": "fast"}, ValueError, ["backward", "fast"]),
+        ({"weight": [1.0] * CLASSES}, TypeError, ["weight", "tensor", "list"]),
+        ({"logit_bias": 3.0}, TypeError, ["logit_bias", "tensor", "float"]),
+        ({"out_features": 3}, ValueError, ["out_features", "3"]),
+        ({"out_features": (2, 0)}, ValueError, ["out_features", "(2, 0)"]),
+        ({"num_classes": -1}, ValueError, ["num_classes", "-1"]),
+        ({"in_features": 0}, ValueError, ["in_features", "0"]),
     ],
 )
 def test_bad_options_of_the_module_raise_when_it_is_made(options, error, words):
     with pytest.raises(error) as raised:
-        fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, **options)
+        fastloss.torch.LinearCrossEntropyLoss(**{"in_features": FEATURES, "num_classes": CLASSES} | options)
     for word in words:
         assert word in str(raised.value)
 

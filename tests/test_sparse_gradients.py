@@ -204,6 +204,13 @@ def autocast():
         return loss_of(factors)
 
 
+def autocast_of_bias():
+    hidden, weight, bias = (leaf.detach().to(dtype) for leaf, dtype in zip(leaves(), LOW, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        return loss_of((hidden, weight, bias.requires_grad_()))
+
+
+LOW = (torch.bfloat16, torch.bfloat16, torch.float32)
 CALLS = {
     "exact": (lambda: ours(*leaves()[:2], IGNORED, sparse=True), ValueError, "backward='sampled'"),
     "places": (
@@ -212,6 +219,7 @@ CALLS = {
         r"further dimensions \(2,\)",
     ),
     "autocast": (autocast, TypeError, "autocast, bfloat16, for sparse=True, got float32"),
+    "autocast, bias": (autocast_of_bias, TypeError, "linear_bias must have the dtype of autocast, bfloat16"),
     "func": (lambda: torch.func.grad(lambda *f: loss_of(f))(*leaves()), NotImplementedError, "sparse=False"),
     "vmap": (lambda: torch.vmap(lambda *f: loss_of(f))(*[f[None] for f in leaves()]), NotImplementedError, "sparse=False"),
     "module, exact": (

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of fastloss as PyTorch wants them, and the public functions under `torch.compile` and `torch.export`."""
 
+import warnings
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -157,6 +159,18 @@ def test_compiled_by_inductor_it_trains_the_same():
     torch._dynamo.reset()
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "legacy", [{"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}], ids=str
+)
+def test_legacy_arguments_compile(legacy):
+    logits, target = seeded(4, 5), seeded_ids(5, 4)
+    compiled = torch.compile(lambda x, y: ours(x, y, **legacy), fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert same_bits(compiled(logits, target), ours(logits, target, **legacy))
+    torch._dynamo.reset()
 
 
 def test_export_keeps_the_loss():

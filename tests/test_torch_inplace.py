@@ -136,6 +136,24 @@ def test_inplace_takes_no_other_word(word):
         fastloss.torch.CrossEntropyLoss(inplace=word)
 
 
+@pytest.mark.parametrize("before", [1e-60, 1e60, -1e-40, 2.0**30])
+def test_an_extreme_upstream_gradient_of_another_loss_leaves_no_trace(before):
+    target = seeded_ids(50, 6)
+    learnt = fastloss.torch.cross_entropy(seeded(6, 50).double().requires_grad_(), target)
+    learnt.backward(torch.tensor(before, dtype=torch.float64))
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = (8 * seeded(6, 50)).to(dtype).requires_grad_()
+        gradients = [torch.autograd.grad(ours(leaf * 1, target, inplace=way), leaf)[0] for way in (False, True)]
+        torch.testing.assert_close(*gradients, rtol=2**-7, atol=0.0)
+
+
+def test_logits_without_elements_are_overwritten():
+    logits = torch.randn(2, 0, 3).movedim(0, -1).requires_grad_() * 1
+    loss = ours(logits, torch.zeros(0, 2, dtype=torch.long), dim=1, inplace=True, reduction="sum")
+    loss.backward()
+    assert loss == 0
+
+
 @ways
 def test_inplace_without_gradients_leaves_the_logits_alone(inplace):
     logits = seeded(6, 50)

@@ -99,6 +99,16 @@ def test_freed_probabilities_raise():
         )
 
 
+@pytest.mark.parametrize("name", ["weight", "logit_bias"])
+def test_class_weights_and_biases_freed_before_backward_raise(name):
+    given = seeded(CLASSES).abs()
+    leaf = seeded(TOKENS, CLASSES).requires_grad_()
+    loss = fl.cross_entropy(leaf, seeded_ids(CLASSES, TOKENS), reduction="none", **{name: given}).sum()
+    given.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="has no memory"):
+        loss.backward()
+
+
 def test_logits_freed_before_backward_raise():
     logits = seeded(TOKENS, CLASSES).requires_grad_() * 1
     loss = fl.cross_entropy(logits, seeded_ids(CLASSES, TOKENS), reduction="none").sum()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All functions of `fastloss.torch` under `torch.func`, `vmap`, `torch.compile`, `torch.jit.trace` and forward mode."""
+"""All functions of `fastloss.torch` under `torch.func`, `vmap`, `torch.compile` and forward mode."""
+
+import math
 
 import pytest
 
@@ -213,18 +215,7 @@ def test_batched_upstream_gradients(name):
     torch.testing.assert_close(*results, **FLOAT64)
 
 
-# ---- torch.jit.trace and forward mode ----
-
-
-@each_function
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_traced_function_computes_its_own_inputs(name):
-    ours, theirs, x, y = example(name)
-    traced = torch.jit.trace(ours, (x + 1, y), check_trace=False)
-    torch.testing.assert_close(traced(x, y), theirs(x, y), **FLOAT64)
-    leaf = x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(traced(leaf, y).sum(), leaf)
-    torch.testing.assert_close(grad, gradient(theirs)(x, y), **FLOAT64)
+# ---- forward mode ----
 
 
 @each_function
@@ -271,6 +262,74 @@ def test_forward_mode_of_every_option_and_statistic():
         cotangent = torch.ones_like(rows) if number is None else tuple(map(torch.ones_like, rows))
         forward = tangent if number is None else sum(part.sum() for part in tangent[:number])
         torch.testing.assert_close(forward, (back(cotangent)[0] * seeded(*x.shape, seed=9)).sum(), **FLOAT64)
+
+
+@pytest.mark.parametrize("call", ["cross_entropy", "logit_stats", "linear_cross_entropy", "linear_logit_stats"])
+def test_ids_out_of_range_raise_in_forward_mode(call):
+    x, wrong = (seeded(2, CLASSES), torch.tensor([0, CLASSES]))
+    if call.startswith("linear"):
+        x, head = seeded(2, FEATURES), HEAD
+    functions = {
+        "cross_entropy": lambda x: fl.cross_entropy(x, wrong),
+        "logit_stats": lambda x: fl.logit_stats(x, wrong).logprob,
+        "linear_cross_entropy": lambda x: fl.linear_cross_entropy(x, head, wrong),
+        "linear_logit_stats": lambda x: fl.linear_logit_stats(x, head, wrong).logprob,
+    }
+    for transform in (lambda f: torch.func.jvp(f, (x,), (x,)), lambda f: torch.func.jacfwd(f)(x)):
+        with pytest.raises(IndexError, match=r"target\[1\] = 5 is out of range for 5 classes"):
+            transform(functions[call])
+
+
+def test_numbers_in_tensors_under_torch_func():
+    x, y = seeded(TOKENS, CLASSES), seeded_ids(CLASSES, TOKENS)
+    options = {"label_smoothing": 0.1, "z_loss": 0.2, "temperature": 2.0}
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in options.items()}
+    found, expected = (torch.func.grad(lambda x, o=o: fl.cross_entropy(x, y, **o))(x) for o in (tensors, options))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("target", ["ids", "soft"])
+def test_second_derivatives_and_tangents_of_logits_with_a_large_common_part(target):
+    x = seeded(TOKENS, 300).float() + 1e4
+    tangent = seeded(TOKENS, 300, seed=2).float()
+    y = seeded_ids(300, TOKENS) if target == "ids" else seeded_probabilities(TOKENS, 300).float()
+
+    def product(x, tangent, y):
+        def loss(x):
+            return fl.cross_entropy(x, y, label_smoothing=0.1)
+
+        return torch.func.grad(lambda x: (torch.func.grad(loss)(x) * tangent).sum())(x), torch.func.jvp(loss, (x,), (tangent,))
+
+    wide = [t.double() if t.is_floating_point() else t for t in (x, tangent, y)]
+    found, exact = product(x, tangent, y), product(*wide)
+    size = float(exact[0].abs().max())
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=0.0, atol=2e-6 * size)
+    torch.testing.assert_close([t.double() for t in found[1]], list(exact[1]), rtol=1e-5, atol=1e-7)
+
+
+def test_forward_mode_of_masked_classes_without_weight_is_finite():
+    x = seeded(2, CLASSES)
+    x[:, 1] = -math.inf
+    weight, soft = torch.ones(CLASSES).double(), seeded_probabilities(2, CLASSES)
+    weight[1] = soft[:, 1] = 0
+    for given in ((soft,), (torch.tensor([1, 2]), weight), (torch.tensor([0, 2]), weight, None, -100, None, "mean", 0.3)):
+        eager = fl.cross_entropy(x, *given)
+        loss, tangent = torch.func.jvp(lambda x, given=given: fl.cross_entropy(x, *given), (x,), (torch.ones_like(x),))
+        torch.testing.assert_close(loss, eager)
+        assert bool(torch.isfinite(tangent))
+
+
+@pytest.mark.parametrize("mapped", [torch.func.vmap, None], ids=["vmap", "jvp"])
+def test_means_of_nothing_are_those_of_eager_mode(mapped):
+    x, y = seeded(2, CLASSES), torch.tensor([0, 1])
+    nothing, unknown = torch.tensor([0.0, 0, 1, 1, 1]).double(), torch.tensor([math.nan, 1, 1, 1, 1]).double()
+    for weight, ignored in ((nothing, -100), (unknown, 0)):
+        options = {"weight": weight, "label_smoothing": 0.1 if ignored else 0.0, "ignore_index": ignored}
+        if mapped is None:
+            found, _ = torch.func.jvp(lambda x, o=options: fl.cross_entropy(x, y, **o), (x,), (x,))
+        else:
+            found = mapped(lambda x, o=options: fl.cross_entropy(x, y, **o))(x[None])[0]
+        torch.testing.assert_close(found, fl.cross_entropy(x, y, **options), equal_nan=True)
 
 
 def test_a_backward_with_a_tangent_raises():

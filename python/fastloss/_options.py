@@ -101,7 +101,7 @@ def transform_options(temperature: object, softcap: object) -> tuple[float, floa
 
 def backward_code(backward: object) -> bool:
     """Returns whether the backward of a linear loss is sampled."""
-    if backward not in ("exact", "sampled"):
+    if not isinstance(backward, str) or backward not in ("exact", "sampled"):
         raise ValueError(f"backward must be 'exact' or 'sampled', got {backward!r}")
     return backward == "sampled"
 
@@ -164,7 +164,8 @@ def number(name: str, value: object) -> float:
 def index(name: str, value: object, end: int = 2**63) -> int:
     """Returns an integer that fits in 64 bits, with a sign unless `end` is 2**64."""
     try:
-        if isinstance(value, bool):
+        # Tensors and arrays: one of bools, or of one element along some dimension, would be taken for a number.
+        if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or "bool" in str(getattr(value, "dtype", "")):
             raise TypeError
         converted = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -254,7 +255,7 @@ def wanted_statistics(want: object, has_target: bool) -> tuple[str, ...]:
         raise TypeError(f"want must be names of statistics, got {type(want).__name__}")
     names = (want,) if isinstance(want, str) else tuple(want)
     for name in names:
-        if name not in STATISTICS:
+        if not isinstance(name, str) or name not in STATISTICS:
             raise ValueError(f"want must name statistics out of {', '.join(STATISTICS)}; got {name!r}")
         if name in TARGET_STATISTICS and not has_target:
             raise ValueError(f"want={name!r} needs a target")

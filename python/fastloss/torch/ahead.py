@@ -74,6 +74,11 @@ class Expectation:
         """Whether a gradient is worth making in forward."""
         return self._to_come == 0
 
+    @property
+    def moderate_upstream(self) -> float:
+        """What is expected, or 1 where a gradient for that could not be scaled to another without loss."""
+        return self.upstream if 2**-20 <= abs(self.upstream) <= 2**20 else 1.0
+
     def start(self, logits: Tensor) -> Ahead | None:
         """Memory for a gradient, if it is worth making now."""
         if not self.steady or saved_tensor_hooks(True) is not None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import _reduction as legacy
 
-from fastloss import _options
+from fastloss import _cpu, _options
 from fastloss.torch import ops
 from fastloss.torch.ops import CODES, accumulation_dtype
 
@@ -79,6 +80,21 @@ def _signed(name: str, ids: Tensor) -> Tensor:
     return wrapped.masked_fill(beyond, 2**63 - 1)
 
 
+def check_ids(target: Tensor, classes: int, ignore_index: int | None) -> None:
+    """Raises IndexError for an id out of range where no kernel will, as far as they may be looked at."""
+    if target.dtype not in CODES and target.is_cpu and ops.readable(target):
+        ids = target.contiguous()
+        _cpu.check_targets((ids.data_ptr(), ids.element_size()), ids.shape, classes, ignore_index)
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction by PyTorch's arguments of before, which a compiled graph takes, too."""
+    if not torch.compiler.is_compiling():
+        word: str = legacy.legacy_get_string(size_average, reduce)
+        return word
+    return "none" if reduce is False else "sum" if size_average is False else "mean"
+
+
 def per_class(name: str, value: Tensor, logits: Tensor, dim: int, constant: bool = True) -> Tensor:
     """One number a class, in the accumulation type; a constant, unless there is a gradient for it."""
     if not isinstance(value, Tensor):
@@ -130,7 +146,7 @@ def loss_options(*choices: Any) -> _options.LossOptions:
 
 def number_of(value: Any) -> Any:
     """A 0-d tensor that is a constant as its number, as PyTorch takes it; everything else as it is."""
-    if isinstance(value, Tensor) and value.ndim == 0 and not value.requires_grad and ops.eager(value):
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.requires_grad and ops.readable(value):
         return value.item()
     return value
 

@@ -103,7 +103,7 @@ class CrossEntropyOverLogits(Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Makes the gradient for the upstream gradient that can be expected. Takes the first arguments of `CrossEntropy`."""
         logits, target, weight, bias, options, reduction, denominator = arguments
-        ctx.upstream = expectation.upstream if logits.is_cpu else 1.0
+        ctx.upstream = expectation.moderate_upstream if logits.is_cpu else 1.0
         of_rows = (logits, target, weight, bias, options)
         loss = ops.cross_entropy(*of_rows, reduction, denominator, False, logits.detach(), ctx.upstream)[0]
         torch.autograd.graph.increment_version(logits)

@@ -39,7 +39,7 @@ def _cross_entropy_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
                 counted = plain.denominators(loss, target, weight, ignore_index).reshape(of_sample).sum(1)
             else:
                 counted = torch.full_like(total, denominator)
-            total = total / counted
+            total = plain.mean(total, counted)
             scale = torch.where(counted == 0, 0, 1 / counted)
         loss = total.to(accumulation_dtype(logits.dtype))
     return (loss, saved, scale), (0, 0, 0)

@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction as legacy
 
 from fastloss import _options
 from fastloss.torch import ops, plain
-from fastloss.torch.arguments import check_logits, check_rows_target, divided, divides_afterwards, loss_options, per_class
+from fastloss.torch.arguments import (
+    check_ids,
+    check_logits,
+    check_rows_target,
+    divided,
+    divides_afterwards,
+    legacy_reduction,
+    loss_options,
+    per_class,
+)
 from fastloss.torch.autograd import CrossEntropyOverLogits, apply_cross_entropy
 from fastloss.torch.ops import Options
 
@@ -102,7 +110,7 @@ def cross_entropy(
         Logit bias: Menon et al., "Long-tail learning via logit adjustment" (2021).
     """
     if size_average is not None or reduce is not None:
-        reduction = legacy.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce)
     if inplace is not False:
         _check_word(inplace)
     check_logits("input", input, cuda=True)
@@ -129,6 +137,7 @@ def cross_entropy(
         at_once = inplace is True and reduction != "none" and input.dtype != torch.float16 and not target.requires_grad
         loss = CrossEntropyOverLogits.apply(*arguments) if at_once else apply_cross_entropy(*arguments, bool(inplace))
     elif ops.forward_mode():
+        check_ids(target, input.shape[class_dim], options[0].ignore_index)
         loss = plain.cross_entropy(*arguments)
     else:
         loss = torch.ops.fastloss.cross_entropy(*arguments[:4], *options[0], *options[1:])[0]
@@ -166,7 +175,7 @@ def _remembered_options(*choices: Any) -> tuple[Options, int, float | None]:
 
 
 def _check_word(inplace: object) -> None:
-    if not (inplace is True or inplace is False or inplace == "backward"):
+    if not (isinstance(inplace, bool) or (isinstance(inplace, str) and inplace == "backward")):
         raise ValueError(f'inplace must be False, True or "backward", got {inplace!r}')
 
 
@@ -176,6 +185,8 @@ def _check_memory(input: Tensor, inplace: bool | str) -> None:
         raise ValueError(
             f"inplace={inplace!r} needs logits that are no leaf: this leaf needs a gradient, which would overwrite it"
         )
+    if input.numel() == 0:
+        return
     reach = 0  # of the dimensions so far, the shortest strides first
     for stride, size in sorted((stride, size) for stride, size in zip(input.stride(), input.shape, strict=True) if size > 1):
         if stride <= reach:
@@ -234,7 +245,7 @@ class CrossEntropyLoss(torch.nn.Module):
         """Takes the options of `cross_entropy`."""
         super().__init__()
         if size_average is not None or reduce is not None:
-            reduction = legacy.legacy_get_string(size_average, reduce)
+            reduction = legacy_reduction(size_average, reduce)
         loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, None)
         if dim is not None:
             _options.index("dim", dim)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from fastloss.torch.linear_arguments import (
     chunk_size_of,
     counted,
     device_type,
-    mean,
     seed_tensor,
     split_places,
     under_autocast,
@@ -84,7 +83,8 @@ def linear_cross_entropy(
         weight: class weights ``(C)``; a constant.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: tokens with this id count nothing; None stands for -100. Not for probabilities.
-        label_smoothing: eps in [0, 1]; it and the numbers below may be 0-d tensors, whose values are read.
+        label_smoothing: eps in [0, 1]; it, `z_loss`, `softcap`, `temperature` and `denominator` may be 0-d tensors, whose
+            values are read.
         options: a `torch.nn.LinearCrossEntropyOptions`, for its `batch_chunk_size`; everything else in it is of no use here.
         z_loss: factor of the squared log-sum-exp, at least 0.
         softcap: bound of the logits, positive; None for none.
@@ -133,7 +133,7 @@ def linear_cross_entropy(
     sampled = _options.backward_code(backward)
     if sparse:
         check_sparse(sampled, linear_weight.shape[1:-1])
-        check_sparse_factors(input, linear_weight)
+        check_sparse_factors(input, linear_weight, linear_bias)
     rows, places = input.shape[:-1], linear_weight.shape[1:-1]
     divisor: float | Tensor | None = None
     if denominator is not None and divides_afterwards(denominator, reduction, input):
@@ -159,7 +159,7 @@ def linear_cross_entropy(
         count, code = counted(target, class_weight, checked.ignore_index), _options.SUM
     hidden = input.reshape(math.prod(rows), input.shape[-1])
     if not places:
-        target = target.reshape(len(hidden), *target.shape[len(rows) :])
+        target = target.reshape(hidden.shape[0], *target.shape[len(rows) :])
     choices = (checked.ignore_index, checked.label_smoothing, checked.z_loss, checked.softcap, checked.temperature)
     losses = []
     for place, (matrix, bias, ids) in enumerate(split_places(linear_weight, linear_bias, target)):
@@ -172,7 +172,7 @@ def linear_cross_entropy(
         return loss.reshape((*rows, *places))
     loss = loss.sum() if places else loss
     if count is not None:
-        return mean(loss, count)
+        return plain.mean(loss, count)
     return loss if divisor is None else divided(loss, divisor)
 
 
@@ -182,8 +182,9 @@ def _run(
     hidden, weight, bias, _, target, class_weight, logit_bias = arguments[:7]
     tensors = (hidden, weight, bias, target)
     eager = ops.eager(*tensors, class_weight, logit_bias)
-    # What is transformed may need gradients that it does not tell of.
-    needs = torch.is_grad_enabled() and (not eager or any(tensor is not None and tensor.requires_grad for tensor in tensors))
+    # What is transformed may need gradients that it does not tell of, and what is traced may later be called with others.
+    asked = not eager or any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    needs = ops.is_traced() or (torch.is_grad_enabled() and asked)
     loss: Tensor
     with torch.autocast(device_type(hidden), enabled=False):
         if ops.forward_mode():
@@ -373,7 +374,15 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         chunk_size_of(chunk_tokens, options)
         for name, value in (("weight", weight), ("logit_bias", logit_bias)):
             if value is not None:
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
                 _options.check_per_class(value.shape, num_classes, name)
+        for name, size in (("in_features", in_features), ("num_classes", num_classes)):
+            if _options.index(name, size) < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        sizes: Any = out_features
+        if not isinstance(sizes, Sequence) or any(_options.index("out_features", size) < 1 for size in sizes):
+            raise ValueError(f"out_features must be a tuple of sizes from 1 on, got {sizes!r}")
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.linear = torch.nn.Linear(
             in_features, math.prod(self.out_features, start=num_classes), bias=bias, device=device, dtype=dtype

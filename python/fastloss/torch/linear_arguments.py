@@ -13,7 +13,7 @@ from torch import Tensor
 from fastloss import _options
 from fastloss._chunks import check_chunk_tokens
 from fastloss.torch import linear_ops, ops
-from fastloss.torch.arguments import as_class_ids, check_device, check_logits
+from fastloss.torch.arguments import as_class_ids, check_device, check_ids, check_logits
 from fastloss.torch.ops import CODES
 
 DEFAULT_IGNORE_INDEX = -100
@@ -53,7 +53,8 @@ def check_factors(
     for name, tensor in tensors.items():
         ops.in_memory(name, tensor)
         check_device(name, tensor, hidden)
-        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(device_type(hidden)):
+        cast = torch.is_autocast_enabled(device_type(hidden)) and torch.float64 not in (tensor.dtype, hidden.dtype)
+        if tensor.dtype != hidden.dtype and not cast:
             kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (tensor, hidden))
             raise TypeError(f"{name} must have the dtype of {names[0]}, {wanted}, got {kind}")
 
@@ -66,14 +67,15 @@ def check_sparse(sampled: bool, places: Sequence[int]) -> None:
         raise ValueError(f"sparse=True takes a weight of shape (C, H), got one with further dimensions {tuple(places)}")
 
 
-def check_sparse_factors(hidden: Tensor, weight: Tensor) -> None:
-    """Whether nothing stands between the sparse gradient and the weight that it is for."""
-    if not ops.eager(hidden, weight):
+def check_sparse_factors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Whether nothing stands between the sparse gradients and the weight and bias that they are for."""
+    if not ops.eager(hidden, weight, bias):
         raise NotImplementedError("sparse=True is for plain tensors, not torch.compile or torch.func: pass sparse=False")
-    device = device_type(weight)
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.get_autocast_dtype(device):
-        kind, wanted = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, torch.get_autocast_dtype(device)))
-        raise TypeError(f"linear_weight must have the dtype of autocast, {wanted}, for sparse=True, got {kind}")
+    cast = under_autocast(hidden, weight, bias)[1].dtype
+    for name, factor in (("linear_weight", weight), ("linear_bias", bias)):
+        if factor is not None and factor.dtype != cast:
+            kind, wanted = (str(dtype).removeprefix("torch.") for dtype in (factor.dtype, cast))
+            raise TypeError(f"{name} must have the dtype of autocast, {wanted}, for sparse=True, got {kind}")
 
 
 def check_target(
@@ -93,8 +95,7 @@ def check_target(
         return target
     ids = ops.in_memory("target", as_class_ids("target", target))
     _options.check_ids_shape(ids.shape, logits_shape, class_dim, "dim", "the logits")
-    if ops.eager(ids):
-        linear_ops.check_ids(ids, logits_shape[class_dim], DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index)
+    _check_ids(ids, logits_shape[class_dim], DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index)
     return ids
 
 
@@ -106,10 +107,17 @@ def check_statistics_ids(target: Tensor, hidden: Tensor, classes: int) -> Tensor
     check_device("target", target, hidden)
     ids = ops.in_memory("target", as_class_ids("target", target, "integer class ids"))
     _options.ids_per_row(ids.shape, (*rows, classes), len(rows), "target", "the logits")
-    if ops.eager(ids):
-        linear_ops.check_ids(ids, classes, None)
+    _check_ids(ids, classes, None)
     tokens = math.prod(rows)
     return ids.reshape((tokens, ids.shape[-1]) if ids.ndim > len(rows) else (tokens,))
+
+
+def _check_ids(ids: Tensor, classes: int, ignore_index: int | None) -> None:
+    """Before a product is made of what they belong to; and in forward mode, where no kernel will look at them."""
+    if ops.eager(ids):
+        linear_ops.check_ids(ids, classes, ignore_index)
+    elif ops.forward_mode():
+        check_ids(ids, classes, ignore_index)
 
 
 def check_seed(seed: object) -> int | torch.Generator | None:
@@ -141,9 +149,9 @@ def device_type(tensor: Tensor) -> str:
 
 
 def under_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast makes of the factors of a linear map."""
+    """What autocast makes of the factors of a linear map: it leaves those of float64 alone."""
     device = device_type(hidden)
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -163,15 +171,9 @@ def split_places(weight: Tensor, bias: Tensor | None, target: Tensor) -> list[tu
 def counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """What a mean over all places divides by: the number of targets that count, or the sum of their weights."""
     if target.dtype in CODES:
-        return torch.tensor(target.numel() / target.shape[1], dtype=torch.float64)
+        return target.new_tensor(target.numel() / target.shape[1], dtype=torch.float64)
     counts = target != ignore_index
     if weight is None:
         return counts.sum().to(torch.float64)
     of_ids = weight.to(torch.float64)[target.long().clamp(0, len(weight) - 1)]  # a GPU must not meet an id out of range
     return of_ids.mul(counts).sum()
-
-
-def mean(total: Tensor, count: Tensor) -> Tensor:
-    """NaN where nothing counts, with a gradient of 0."""
-    nothing = count == 0
-    return (total / count.masked_fill(nothing, 1).to(total.dtype)).masked_fill(nothing, math.nan)

@@ -51,7 +51,7 @@ def _made_for(hidden: Tensor, reduction: int) -> float | None:
 
 def wanted_of_operator(hidden: Tensor, weight: Tensor, bias: Tensor | None, reduction: int) -> Wanted:
     """Which gradients the operator makes along with the loss; others it makes in backward."""
-    if reduction == NONE or hidden.dtype == torch.float16 or not torch.is_grad_enabled():
+    if reduction == NONE or hidden.dtype == torch.float16 or ops.is_traced() or not torch.is_grad_enabled():
         return NOTHING
     # What torch.func will ask for, a batched tensor does not tell.
     transformed = ops.functorch_active()

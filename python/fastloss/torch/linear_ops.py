@@ -112,8 +112,8 @@ def _forward(
     projection = _projection(head, wanted, kept)
     divisor = denominator if denominator is not None else task.denominator(projection.tokens) if reduction == MEAN else 1.0
     numbers = np.arange(all_tokens) if kept is None else kept.numpy()
-    losses: list[Tensor] = [torch.empty(0, dtype=accumulation_dtype(head.hidden.dtype))]
-    saved: list[Tensor] = [torch.empty((0, ops.saved_width(head.weight, head.weight.shape[0])), dtype=torch.float64)]
+    losses = [head.hidden.new_empty(0, dtype=accumulation_dtype(head.hidden.dtype))]
+    saved = [head.hidden.new_empty((0, ops.saved_width(head.weight, head.weight.shape[0])), dtype=torch.float64)]
 
     def kernel(tokens: slice, logits: Tensor) -> None:
         sample = None if sampled is None else sampled.start(numbers[tokens])
@@ -139,7 +139,7 @@ def _forward(
     else:
         total = rows.numpy().sum(dtype=np.float64)  # in a fixed order, whatever the number of threads
         nothing = divisor == 0.0 and denominator is None
-        loss = torch.tensor(float("nan") if nothing else total / divisor, dtype=rows.dtype)
+        loss = rows.new_tensor(math.nan if nothing else total / divisor)
     kept_rows = spread(torch.cat(saved), kept, all_tokens)
     return Loss(loss, kept_rows, 1.0 / divisor if divisor else 0.0), projection.gradients()
 
@@ -272,10 +272,10 @@ def sparse_backward(upstream: Tensor, head: Head, kept: Entries, scale: float | 
     if wanted.weight:
         rows = ops.fresh_matrix((by_class.rows, weight.shape[1]), weight.dtype)
         by_class.multiply(ops.describe(hidden, 1), ops.describe(rows, 1))
-        gradients[1] = of_classes(torch.tensor(ids), rows, weight)
+        gradients[1] = of_classes(torch.from_numpy(ids.copy()), rows, weight)
     if wanted.bias:
         sums = torch.from_numpy(entries.column_sums(weight.shape[0])[ids])
-        gradients[2] = of_classes(torch.tensor(ids), sums.to(weight.dtype), weight[:, 0])
+        gradients[2] = of_classes(torch.from_numpy(ids.copy()), sums.to(weight.dtype), weight[:, 0])
     return gradients
 
 

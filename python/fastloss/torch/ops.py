@@ -74,6 +74,18 @@ def eager(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace writes down what is called."""
+    return _tracing_state() is not None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the numbers of this tensor are there to be looked at, whatever is done with others."""
+    if _is_compiling() or _dispatch_modes() or is_traced() or type(tensor) not in _TENSORS:
+        return False
+    return not tensor.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def forward_mode() -> bool:
     """Whether tensors may have tangents, which no kernel sees."""
     level: int = forward_ad._current_level
@@ -133,8 +145,13 @@ def ids_of(target: Tensor | None) -> _cpu.Targets | None:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the first element is, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where the first element is, 0 for None; raises where its storage was resized to nothing, which would look like None."""
+    if tensor is None:
+        return 0
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise ValueError(f"a tensor of {tensor.numel()} elements has no memory: its storage was resized or freed")
+    return place
 
 
 def call_of(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> _cpu.Call:

@@ -6,6 +6,7 @@ Second derivatives go through here, forward mode, and gradients by class weights
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,18 +34,24 @@ def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tens
     """The loss of each row."""
     dim, ignore_index, smoothing, z_loss, softcap, temperature = options
     z = counted(transformed(logits, dim, softcap, temperature, bias), target, ignore_index)
-    lse = torch.logsumexp(z, -1)
-    gap = lse.unsqueeze(-1) - z
+    gap = -torch.log_softmax(z, -1)  # no difference of large numbers, whatever the logits have in common
     weights = torch.ones(z.shape[-1], dtype=z.dtype, device=z.device) if weight is None else weight
-    smooth = smoothing / z.shape[-1] * (weights * gap).sum(-1) if smoothing else torch.zeros_like(lse)
+    square = z_loss * torch.logsumexp(z, -1) ** 2 if z_loss else torch.zeros_like(gap[..., 0])
+    smooth = times(smoothing / z.shape[-1] * weights, gap).sum(-1) if smoothing else torch.zeros_like(square)
+    own = 1 - smoothing
     if target.dtype in CODES:
         probabilities = target.movedim(dim, -1).to(z.dtype)
-        return (1 - smoothing) * (weights * probabilities * gap).sum(-1) + smooth + z_loss * lse**2
+        return times(own * weights * probabilities, gap).sum(-1) + smooth + square
     counts = target != ignore_index
     ids = torch.where(counts, target, 0).long()
     picked = gap.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    losses = weights[ids] * ((1 - smoothing) * picked + z_loss * lse**2) + smooth
+    losses = times(own * weights[ids], picked) + weights[ids] * square + smooth
     return torch.where(counts, losses, 0)
+
+
+def times(factor: Tensor, gap: Tensor) -> Tensor:
+    """The product, 0 where a factor of 0 meets a gap of infinity."""
+    return factor * torch.where((factor == 0) & (gap == math.inf), 0, gap)
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int) -> Tensor:
@@ -83,9 +90,17 @@ def cross_entropy(
     if reduction == NONE:
         return rows
     total = rows.to(torch.float64).sum()
-    if reduction == MEAN:
-        total = total / (denominators(rows, target, weight, options.ignore_index).sum() if denominator is None else denominator)
+    if denominator is not None:
+        total = total / denominator
+    elif reduction == MEAN:
+        total = mean(total, denominators(rows, target, weight, options.ignore_index).sum())
     return total.to(rows.dtype)
+
+
+def mean(total: Tensor, count: Tensor) -> Tensor:
+    """NaN where nothing counts, with a gradient of 0."""
+    nothing = count == 0
+    return (total / count.masked_fill(nothing, 1).to(total.dtype)).masked_fill(nothing, math.nan)
 
 
 def denominators(rows: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -93,8 +108,9 @@ def denominators(rows: Tensor, target: Tensor, weight: Tensor | None, ignore_ind
     if target.dtype in CODES:
         return torch.ones_like(rows, dtype=torch.float64)
     counts = target != ignore_index
-    weights = counts.to(torch.float64)
-    return weights if weight is None else weights * weight.to(torch.float64)[torch.where(counts, target, 0).long()]
+    if weight is None:
+        return counts.to(torch.float64)
+    return torch.where(counts, weight.to(torch.float64)[torch.where(counts, target, 0).long()], 0)
 
 
 def statistics(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastloss._chunks import chunk_size, slices
-from fastloss.torch import matmul
+from fastloss.torch import matmul, ops
 from fastloss.torch.ops import accumulation_dtype, fresh_matrix
 
 
@@ -54,7 +54,7 @@ class Projection:
         self._grad_hidden = torch.empty_like(self._hidden) if wanted.hidden else None
         self._grad_weight = fresh_matrix(weight.shape, weight.dtype) if wanted.weight else None
         self._sum_weight = fresh_matrix(weight.shape, sums) if summed and self._size < self.tokens else None
-        self._sum_bias = torch.zeros(weight.shape[0], dtype=sums) if wanted.bias else None
+        self._sum_bias = torch.zeros(weight.shape[0], dtype=sums, device=ops.CPU) if wanted.bias else None
 
     @property
     def tokens(self) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastloss import _options
 from fastloss._options import STATISTICS, LogitStats
 from fastloss.torch import ops, plain
-from fastloss.torch.arguments import as_class_ids, check_device, check_logits, per_class
+from fastloss.torch.arguments import as_class_ids, check_device, check_ids, check_logits, per_class
 
 
 def logit_stats(
@@ -82,6 +82,8 @@ def logit_stats(
     if ops.eager(logits, ids, bias) and not (torch.is_grad_enabled() and logits.requires_grad):
         outputs = ops.statistics(*arguments)
     elif ops.forward_mode():
+        if ids is not None:
+            check_ids(ids, logits.shape[class_dim], None)
         outputs = plain.all_statistics(*arguments)
     else:
         outputs = torch.ops.fastloss.statistics(*arguments)
