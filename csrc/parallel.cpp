@@ -160,7 +160,7 @@ void use_torch_pool(TorchParallelFor parallel, TorchGetNumThreads count) {
 }
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task) {
-  Loop loop{task, count};
+  Loop loop{task, count, {0}, {}, nullptr};
   const int workers = static_cast<int>(std::min<int64_t>(threads, count));
   bool done = false;
   if (workers > 1) {
