@@ -197,7 +197,7 @@ def class_axis(axis: object, shape: Shape, name: str, logits_name: str) -> int:
 def row_shape(shape: Shape, axis: int) -> tuple[int, ...]:
     """Returns the shape without the class axis."""
     rows = list(shape)  # slices of a torch.Size are slow
-    del rows[axis]
+    rows.pop(axis)  # which Dynamo of PyTorch 2.8 knows, unlike `del`
     return tuple(rows)
 
 

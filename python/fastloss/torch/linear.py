@@ -280,7 +280,7 @@ def linear_logit_stats(
         else:
             outputs = torch.ops.fastloss.linear_statistics(*factors, chunk, ids, logit_bias, cap, heat, wanted)
     found = {}
-    for name, out in zip(STATISTICS, outputs, strict=False):
+    for name, out in zip(STATISTICS, outputs[:-1], strict=True):
         if name in names:
             found[name] = out.reshape(rows if target is None or name not in _options.TARGET_STATISTICS else target.shape)
     return LogitStats(**found)

@@ -141,14 +141,14 @@ def statistics(
         lambda: (p * p).sum(-1),
         lambda: p.gather(-1, z.argmax(-1, keepdim=True)).squeeze(-1),
     ]
-    return tuple(formula() for formula, wanted in zip(formulas, want, strict=False) if wanted)
+    return tuple(formula() for formula, wanted in zip(formulas, want[: len(formulas)], strict=True) if wanted)
 
 
 def all_statistics(logits: Tensor, target: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     """The outputs of the operator, those that are differentiable from their formulas."""
     found = iter(statistics(logits, target, bias, *rest))
     outputs = torch.ops.fastloss.statistics(logits.detach(), target, bias, *rest)
-    differentiable = [next(found) if wanted else out for out, wanted in zip(outputs[:6], rest[-1], strict=False)]
+    differentiable = [next(found) if wanted else out for out, wanted in zip(outputs[:6], rest[-1][:6], strict=True)]
     return *differentiable, *outputs[6:]
 
 

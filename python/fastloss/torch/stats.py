@@ -87,7 +87,7 @@ def logit_stats(
         outputs = plain.all_statistics(*arguments)
     else:
         outputs = torch.ops.fastloss.statistics(*arguments)
-    return LogitStats(**{name: out for name, out in zip(STATISTICS, outputs, strict=False) if name in names})
+    return LogitStats(**{name: out for name, out in zip(STATISTICS, outputs[:-1], strict=True) if name in names})
 
 
 def _check_ids(target: Tensor, logits: Tensor, dim: int, name: str) -> Tensor:
