@@ -131,7 +131,7 @@ def _growth(rows: list[Row]) -> Figure:
 
 
 def _small(rows: list[Row]) -> Figure:
-    figure, axes = plt.subplots(figsize=(7.5, 4))
+    figure, axes = plt.subplots(figsize=(9, 4))
     light, dark = COLOURS["fastloss in place"], COLOURS["fastloss"]
     for operation, colour, side in (("forward", light, -13), ("forward + backward", dark, 7)):
         shown = [row for row in rows if row["operation"] == operation and row["ratio"]]

@@ -12,8 +12,8 @@ from ..report import Goal, Section, number, print_rows
 from ..settings import Settings
 from ..timing import interleave_repeated
 
-SIZES = ((8, 10), (32, 100), (64, 1000), (128, 1000), (256, 2000), (128, 8000), (256, 16000))
-NEVER_SLOWER_FROM = 128 * 1000
+SIZES = ((8, 10), (32, 100), (1024, 100), (4096, 100), (64, 1000), (128, 1000), (256, 2000), (128, 8000), (256, 16000))
+NEVER_SLOWER_FROM = (128, 1000)  # rows and classes
 OPERATIONS = {"loss": "forward", "gradient": "forward + backward"}
 
 
@@ -54,5 +54,5 @@ def _add_goal(section: Section, shape: tuple[int, int], label: str, ratio: float
     what = f"fastloss / eager, {label}, {shape[0]} x {shape[1]}"
     if shape == SIZES[0]:
         section.goals.append(Goal(what, ratio, 1.5, False))
-    elif shape[0] * shape[1] >= NEVER_SLOWER_FROM:
+    elif shape[0] >= NEVER_SLOWER_FROM[0] and shape[1] >= NEVER_SLOWER_FROM[1]:
         section.goals.append(Goal(what, ratio, 1.0, False))
