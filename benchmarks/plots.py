@@ -133,19 +133,14 @@ def _growth(rows: list[Row]) -> Figure:
 def _small(rows: list[Row]) -> Figure:
     figure, axes = plt.subplots(figsize=(9, 4))
     light, dark = COLOURS["fastloss in place"], COLOURS["fastloss"]
-    for operation, colour, side in (("forward", light, -13), ("forward + backward", dark, 7)):
-        shown = [row for row in rows if row["operation"] == operation and row["ratio"]]
-        labels = [f"{row['shape'][0]} x {row['shape'][1]}" for row in shown]
-        axes.plot(labels, [row["ratio"] for row in shown], "o-", color=colour, label=operation)
-        for place, row in enumerate(shown):
-            axes.annotate(
-                f"{row['ratio']:.2f}",
-                (place, row["ratio"]),
-                (0, side),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
+    shown = {}
+    for operation, colour in (("forward", light), ("forward + backward", dark)):
+        shown[operation] = [row["ratio"] for row in rows if row["operation"] == operation and row["ratio"]]
+        labels = [f"{row['shape'][0]} x {row['shape'][1]}" for row in rows if row["operation"] == operation and row["ratio"]]
+        axes.plot(labels, shown[operation], "o-", color=colour, label=operation)
+    for place, pair in enumerate(zip(*shown.values(), strict=True)):
+        for ratio, side in ((max(pair), 7), (min(pair), -13)):
+            axes.annotate(f"{ratio:.2f}", (place, ratio), (0, side), textcoords="offset points", ha="center", fontsize=8)
     axes.axhline(1, color="#000000", linewidth=1, linestyle=(0, (4, 2)))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("time of fastloss / time of PyTorch eager")
