@@ -10,7 +10,7 @@ namespace fastloss {
 // and bias (or null) have the accumulation type of weight and out; hidden and out have adjacent columns.
 void ordered_product(const Tensor& hidden, const Tensor& weight, const void* bias, const Tensor& out);
 
-// out = left right, or that added to `out`, each sum in the order of the rows of `right`. The factors may have any strides and
+// out = left right, or that added to `out`, each sum in one order, as ProductSums says. The factors may have any strides and
 // types of the accumulation type that `out` has; its columns are adjacent.
 void product(const Tensor& left, const Tensor& right, ProductSums sums, const Tensor& out);
 

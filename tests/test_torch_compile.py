@@ -173,6 +173,19 @@ def test_legacy_arguments_compile(legacy):
     torch._dynamo.reset()
 
 
+def test_compiled_with_integers_that_change():
+    logits, hidden, weight, target = seeded(4, 5), seeded(4, 3), seeded(5, 3, seed=1), seeded_ids(5, 4)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    linear = torch.compile(fastloss.torch.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for number in (1, 2, 3):
+        options = {"ignore_index": number - 1, "dim": -1}
+        assert same_bits(compiled(logits, target, **options), ours(logits, target, **options))
+        chunked = {"chunk_tokens": number}
+        expected = fastloss.torch.linear_cross_entropy(hidden, weight, target, **chunked)
+        assert same_bits(linear(hidden, weight, target, **chunked), expected)
+    torch._dynamo.reset()
+
+
 def test_export_keeps_the_loss():
     class Model(torch.nn.Module):
         def forward(self, x, y):

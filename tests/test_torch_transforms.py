@@ -288,6 +288,14 @@ def test_numbers_in_tensors_under_torch_func():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["temperature", "z_loss", "softcap"])
+def test_numbers_with_a_tangent_raise(name):
+    with forward_ad.dual_level():
+        number = forward_ad.make_dual(torch.tensor(0.5), torch.tensor(1.0))
+        with pytest.raises(TypeError, match=f"{name} must be a number"):
+            fl.cross_entropy(seeded(2, CLASSES), torch.tensor([0, 1]), **{name: number})
+
+
 @pytest.mark.parametrize("target", ["ids", "soft"])
 def test_second_derivatives_and_tangents_of_logits_with_a_large_common_part(target):
     x = seeded(TOKENS, 300).float() + 1e4

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What only a GPU can do, each of it in a line or two: tests/emulated_gpu.hpp offers the same names on the CPU, so that the
-// kernels run there as they are.
+// What only a GPU can do, each of it in a line or two: tests/cuda_emulation/emulated_gpu.hpp offers the same names on the CPU,
+// so that the kernels run there as they are.
 #pragma once
 
 #include <cuda_bf16.h>

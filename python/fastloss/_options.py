@@ -164,8 +164,7 @@ def number(name: str, value: object) -> float:
 def index(name: str, value: object, end: int = 2**63) -> int:
     """Returns an integer that fits in 64 bits, with a sign unless `end` is 2**64."""
     try:
-        # Tensors and arrays: one of bools, or of one element along some dimension, would be taken for a number.
-        if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or "bool" in str(getattr(value, "dtype", "")):
+        if isinstance(value, bool) or (not isinstance(value, int) and _is_no_number(value)):
             raise TypeError
         converted = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -173,6 +172,11 @@ def index(name: str, value: object, end: int = 2**63) -> int:
     if not -(2**63) <= converted < end:
         raise ValueError(f"{name} must lie in [-2**63, 2**{end.bit_length() - 1}), got {converted}")
     return converted
+
+
+def _is_no_number(value: Any) -> bool:
+    """Of tensors and arrays: one of bools, or of one element along some dimension, which Python would take for a number."""
+    return bool(getattr(value, "ndim", 0) != 0 or "bool" in str(getattr(value, "dtype", "")))
 
 
 def class_axis(axis: object, shape: Shape, name: str, logits_name: str) -> int:
@@ -201,13 +205,13 @@ def row_shape(shape: Shape, axis: int) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def check_ids_shape(target: Shape, logits: Shape, axis: int, name: str, logits_name: str) -> None:
-    """Class ids have the shape of the rows. `name` is that of the class axis."""
+def check_ids_shape(target: Shape, logits: Shape, axis: int, name: str | None, logits_name: str) -> None:
+    """Class ids have the shape of the rows. `name` is that of the argument for the class axis, if there is one."""
     if tuple(target) != row_shape(logits, axis):
-        are_last = tuple(target) == row_shape(logits, -1)
+        are_last = name is not None and tuple(target) == row_shape(logits, -1)
         raise ValueError(
             f"target of class ids must have shape {row_shape(logits, axis)} for {logits_name} of shape {tuple(logits)} "
-            f"with classes along {name} {axis}, got {tuple(target)}"
+            f"with classes along {name or 'axis'} {axis}, got {tuple(target)}"
             + (f": pass {name}=-1 for classes last" if are_last else "")
         )
 

@@ -98,7 +98,7 @@ def linear_cross_entropy(
     y = _arrays.plain(target, "target")
     kept: Array | None = None
     if y.dtype.kind in "iu":
-        _options.check_ids_shape(y.shape, factors.logits_shape, len(factors.rows), "axis", "the logits")
+        _options.check_ids_shape(y.shape, factors.logits_shape, len(factors.rows), None, "the logits")
         y = _arrays.class_ids(y)
         _cpu.check_targets((_arrays.address(y), y.itemsize), y.shape, factors.classes, options.ignore_index)
         y = y.reshape(-1)

@@ -146,7 +146,12 @@ def loss_options(*choices: Any) -> _options.LossOptions:
 
 def number_of(value: Any) -> Any:
     """A 0-d tensor that is a constant as its number, as PyTorch takes it; everything else as it is."""
-    if isinstance(value, Tensor) and value.ndim == 0 and not value.requires_grad and ops.readable(value):
+    if (
+        isinstance(value, Tensor)
+        and value.ndim == 0
+        and not (value.requires_grad or ops.is_dual(value))
+        and ops.readable(value)
+    ):
         return value.item()
     return value
 

@@ -71,7 +71,9 @@ def check_sparse_factors(hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
     """Whether nothing stands between the sparse gradients and the weight and bias that they are for."""
     if not ops.eager(hidden, weight, bias):
         raise NotImplementedError("sparse=True is for plain tensors, not torch.compile or torch.func: pass sparse=False")
-    cast = under_autocast(hidden, weight, bias)[1].dtype
+    device, cast = device_type(hidden), weight.dtype
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        cast = torch.get_autocast_dtype(device)
     for name, factor in (("linear_weight", weight), ("linear_bias", bias)):
         if factor is not None and factor.dtype != cast:
             kind, wanted = (str(dtype).removeprefix("torch.") for dtype in (factor.dtype, cast))
@@ -94,7 +96,7 @@ def check_target(
             raise ValueError(f"ignore_index has no meaning for target probabilities, got ignore_index={ignore_index}")
         return target
     ids = ops.in_memory("target", as_class_ids("target", target))
-    _options.check_ids_shape(ids.shape, logits_shape, class_dim, "dim", "the logits")
+    _options.check_ids_shape(ids.shape, logits_shape, class_dim, None, "the logits")
     _check_ids(ids, logits_shape[class_dim], DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index)
     return ids
 
@@ -171,7 +173,7 @@ def split_places(weight: Tensor, bias: Tensor | None, target: Tensor) -> list[tu
 def counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """What a mean over all places divides by: the number of targets that count, or the sum of their weights."""
     if target.dtype in CODES:
-        return target.new_tensor(target.numel() / target.shape[1], dtype=torch.float64)
+        return target.new_full((), target.numel() / target.shape[1], dtype=torch.float64)
     counts = target != ignore_index
     if weight is None:
         return counts.sum().to(torch.float64)

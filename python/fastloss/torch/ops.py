@@ -92,6 +92,11 @@ def forward_mode() -> bool:
     return level >= 0
 
 
+def is_dual(tensor: Tensor) -> bool:
+    """Whether the tensor itself has a tangent."""
+    return forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def in_memory(name: str, tensor: Tensor) -> Tensor:
     """The tensor; autograd's zero tensors, which have no memory, made real. Raises where the storage was resized to nothing.
 
