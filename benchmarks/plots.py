@@ -135,8 +135,9 @@ def _small(rows: list[Row]) -> Figure:
     light, dark = COLOURS["fastloss in place"], COLOURS["fastloss"]
     shown = {}
     for operation, colour in (("forward", light), ("forward + backward", dark)):
-        shown[operation] = [row["ratio"] for row in rows if row["operation"] == operation and row["ratio"]]
-        labels = [f"{row['shape'][0]} x {row['shape'][1]}" for row in rows if row["operation"] == operation and row["ratio"]]
+        of_operation = [row for row in rows if row["operation"] == operation and row["ratio"]]
+        shown[operation] = [row["ratio"] for row in of_operation]
+        labels = [f"{row['shape'][0]} x {row['shape'][1]}" for row in of_operation]
         axes.plot(labels, shown[operation], "o-", color=colour, label=operation)
     for place, pair in enumerate(zip(*shown.values(), strict=True)):
         for ratio, side in ((max(pair), 7), (min(pair), -13)):

@@ -95,3 +95,12 @@ def threads(request, set_threads):
 def rng(request):
     """Random numbers, the same at every run of a test."""
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def compiled_afresh():
+    """torch.compile as if nothing had been compiled yet."""
+    torch = pytest.importorskip("torch")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

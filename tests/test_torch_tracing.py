@@ -6,8 +6,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fastloss.torch as fl  # noqa: E402
-from test_torch_transforms import FLOAT64, each_function, example, gradient  # noqa: E402
 from torch_helpers import seeded, seeded_ids  # noqa: E402
+from transform_helpers import FLOAT64, each_function, example, gradient  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -27,7 +27,7 @@ step "tests on the GPU"
 status=0
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12 -p no:benchmark) # of which pytest-benchmark complains
-timeout 120 "$python" -m pytest -q "${parallel[@]}" -k "cuda or gpu" tests/test_gpu.py tests/test_gpu_linear.py \
+timeout 120 "$python" -m pytest -q "${parallel[@]}" -k "cuda or gpu" tests/test_gpu.py tests/test_gpu_clusters.py tests/test_gpu_linear.py \
   tests/test_torch_cross_entropy.py tests/test_torch_layouts.py tests/test_torch_autograd.py tests/test_torch_compile.py \
   tests/test_torch_inplace.py tests/test_torch_stats.py tests/test_torch_dtypes.py \
   tests/test_linear_torch.py tests/test_linear_places.py tests/test_linear_autograd.py || status=$?

@@ -8,7 +8,8 @@ except ImportError as error:
 
 from fastloss._options import LogitStats
 from fastloss.torch.cross_entropy import CrossEntropyLoss, cross_entropy
-from fastloss.torch.linear import LinearCrossEntropyLoss, linear_cross_entropy, linear_logit_stats
+from fastloss.torch.linear import linear_cross_entropy, linear_logit_stats
+from fastloss.torch.linear_module import LinearCrossEntropyLoss
 from fastloss.torch.stats import entropy_from_logits, logit_stats, selective_log_softmax
 
 __all__ = [
