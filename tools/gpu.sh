@@ -22,18 +22,9 @@ timeout 100 "$python" -m pip install --quiet --no-index --no-build-isolation --n
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 "$python" -m fastloss
 
-step "tests on the GPU"
+step "tests on the GPU, beside compute-sanitizer"
 "$python" -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no GPU"'
 status=0
-parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12 -p no:benchmark) # of which pytest-benchmark complains
-timeout 120 "$python" -m pytest -q "${parallel[@]}" -k "cuda or gpu" tests/test_gpu.py tests/test_gpu_clusters.py tests/test_gpu_linear.py \
-  tests/test_torch_cross_entropy.py tests/test_torch_layouts.py tests/test_torch_autograd.py tests/test_torch_compile.py \
-  tests/test_torch_inplace.py tests/test_torch_stats.py tests/test_torch_dtypes.py \
-  tests/test_linear_torch.py tests/test_linear_places.py tests/test_linear_autograd.py || status=$?
-
-step "benchmark"
-timeout 150 "$python" -m benchmarks.gpu ${BENCH_ARGS:-} || status=$?
 
 # Our kernels alone: those of PyTorch and cuBLAS are not watched.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
@@ -42,6 +33,22 @@ case $([ -z "$sanitizer" ] || "$sanitizer" --help 2>&1 || true) in # the newest 
   *--kernel-regex*) ours=--kernel-regex ;;
   *) ours=--filter ;;
 esac
+declare -A watched
+for tool in memcheck racecheck; do
+  [ -z "$sanitizer" ] && continue
+  timeout 120 "$sanitizer" --tool "$tool" "$ours" kns=fastloss --report-api-errors no --error-exitcode 3 \
+    "$python" tools/gpu_sanitize.py >"build/gpu/$tool.log" 2>&1 &
+  watched[$tool]=$!
+done
+
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12 -p no:benchmark) # of which pytest-benchmark complains
+timeout 120 "$python" -m pytest -q "${parallel[@]}" -k "cuda or gpu" tests/test_gpu.py tests/test_gpu_clusters.py tests/test_gpu_linear.py \
+  tests/test_torch_cross_entropy.py tests/test_torch_layouts.py tests/test_torch_autograd.py tests/test_torch_compile.py \
+  tests/test_torch_inplace.py tests/test_torch_stats.py tests/test_torch_dtypes.py \
+  tests/test_torch_forward_mode.py tests/test_torch_tracing.py tests/test_torch_transforms.py \
+  tests/test_linear_torch.py tests/test_linear_places.py tests/test_linear_autograd.py || status=$?
+
 for tool in memcheck racecheck; do
   step "compute-sanitizer: $tool"
   if [ -z "$sanitizer" ]; then
@@ -49,13 +56,16 @@ for tool in memcheck racecheck; do
     continue
   fi
   result=0
-  timeout 50 "$sanitizer" --tool "$tool" "$ours" kns=fastloss --report-api-errors no --error-exitcode 3 \
-    "$python" tools/gpu_sanitize.py || result=$?
+  wait "${watched[$tool]}" || result=$?
+  tail -n 40 "build/gpu/$tool.log"
   case $result in
     0) ;;
     124) echo "not done within its time: says nothing" ;;
     *) status=$result ;;
   esac
 done
+
+step "benchmark"
+timeout 150 "$python" -m benchmarks.gpu ${BENCH_ARGS:-} || status=$?
 
 exit "$status"
