@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 from torch.autograd import forward_ad  # noqa: E402
 
 import fastloss.torch as fl  # noqa: E402
+from fastloss.torch import ops, plain  # noqa: E402
 from torch_helpers import seeded, seeded_ids, seeded_probabilities  # noqa: E402
 from transform_helpers import (  # noqa: E402
     CLASSES,
@@ -45,6 +46,8 @@ def test_tangents_of_dual_tensors(name):
 def test_jvp_and_hessian(compiling, name):
     ours, theirs, x, y = example(name)
     tangent = seeded(*x.shape, seed=9)
+    if compiling:
+        torch.set_default_device(None)  # under one, PyTorch does not trace torch.func
     for transform in (
         lambda f: lambda x: torch.func.jvp(lambda x: f(x, y), (x,), (tangent,)),
         lambda f: torch.func.hessian(lambda x: f(x, y)),
@@ -76,19 +79,34 @@ def test_forward_mode_of_every_option_and_statistic():
 
 
 @pytest.mark.parametrize("call", ["cross_entropy", "logit_stats", "linear_cross_entropy", "linear_logit_stats"])
-def test_ids_out_of_range_raise_in_forward_mode(call):
+def test_ids_out_of_range_raise_in_forward_mode_and_are_nan_on_a_gpu(call, device):
     x, wrong = (seeded(2, CLASSES), torch.tensor([0, CLASSES]))
     if call.startswith("linear"):
-        x, head = seeded(2, FEATURES), HEAD
+        x, head = seeded(2, FEATURES), HEAD.to(device)
     functions = {
-        "cross_entropy": lambda x: fl.cross_entropy(x, wrong),
+        "cross_entropy": lambda x: fl.cross_entropy(x, wrong, reduction="none"),
         "logit_stats": lambda x: fl.logit_stats(x, wrong).logprob,
-        "linear_cross_entropy": lambda x: fl.linear_cross_entropy(x, head, wrong),
+        "linear_cross_entropy": lambda x: fl.linear_cross_entropy(x, head, wrong, reduction="none"),
         "linear_logit_stats": lambda x: fl.linear_logit_stats(x, head, wrong).logprob,
     }
-    for transform in (lambda f: torch.func.jvp(f, (x,), (x,)), lambda f: torch.func.jacfwd(f)(x)):
+    for transform in (lambda f: torch.func.jvp(f, (x,), (x,))[0], lambda f: torch.func.jacfwd(f)(x).sum(-1).sum(-1)):
+        if device == "cuda":
+            assert transform(functions[call]).isnan().tolist() == [False, True]
+            continue
         with pytest.raises(IndexError, match=r"target\[1\] = 5 is out of range for 5 classes"):
             transform(functions[call])
+
+
+def test_ids_out_of_range_are_nan_in_the_plain_formulas():
+    x, ids = seeded(4, CLASSES), torch.tensor([0, CLASSES, -1, -100])
+    options = ops.Options(1, -100, 0.1, 0.2, 0.0, 1.0)
+    losses = plain.row_losses(x, ids, seeded(CLASSES, seed=3).abs(), None, options)
+    assert losses.isnan().tolist() == [False, True, True, False]
+    want = [True] + 5 * [False]
+    (logprob,) = plain.statistics(x, ids, None, 1, 0.0, 1.0, want)
+    assert logprob.isnan().tolist() == [False, True, True, True]
+    (logprobs,) = plain.statistics(x[:1], ids[None], None, 1, 0.0, 1.0, want)
+    assert logprobs.isnan().tolist() == [[False, True, True, True]]
 
 
 def test_numbers_in_tensors_under_torch_func():

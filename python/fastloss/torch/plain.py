@@ -43,10 +43,19 @@ def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tens
         probabilities = target.movedim(dim, -1).to(z.dtype)
         return times(own * weights * probabilities, gap).sum(-1) + smooth + square
     counts = target != ignore_index
-    ids = torch.where(counts, target, 0).long()
-    picked = gap.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    losses = times(own * weights[ids], picked) + weights[ids] * square + smooth
+    ids = torch.where(counts, target, 0)
+    of_class = pick(weights, ids)
+    losses = times(own * of_class, pick(gap, ids.unsqueeze(-1)).squeeze(-1)) + of_class * square + smooth
     return torch.where(counts, losses, 0)
+
+
+def pick(values: Tensor, ids: Tensor) -> Tensor:
+    """The numbers of these classes, NaN for an id out of range, which a GPU, where nobody checks them, must not meet."""
+    classes = values.shape[-1]
+    there = (ids >= 0) & (ids < classes)
+    places = torch.where(there, ids, 0).long()
+    picked = values[places] if values.ndim == 1 else values.gather(-1, places)
+    return torch.where(there, picked, math.nan)
 
 
 def times(factor: Tensor, gap: Tensor) -> Tensor:
@@ -110,7 +119,7 @@ def denominators(rows: Tensor, target: Tensor, weight: Tensor | None, ignore_ind
     counts = target != ignore_index
     if weight is None:
         return counts.to(torch.float64)
-    return torch.where(counts, weight.to(torch.float64)[torch.where(counts, target, 0).long()], 0)
+    return torch.where(counts, pick(weight.to(torch.float64), torch.where(counts, target, 0)), 0)
 
 
 def statistics(
@@ -129,9 +138,7 @@ def statistics(
 
     def logprob() -> Tensor:
         assert target is not None
-        many = target.ndim == log_p.ndim
-        picked = log_p.gather(-1, target.long() if many else target.long().unsqueeze(-1))
-        return picked if many else picked.squeeze(-1)
+        return pick(log_p, target) if target.ndim == log_p.ndim else pick(log_p, target.unsqueeze(-1)).squeeze(-1)
 
     formulas: list[Callable[[], Tensor]] = [
         logprob,
