@@ -20,6 +20,16 @@ def projection(linear):
     return cuda_projection
 
 
+class Arrived:
+    """The number of tokens that count, as after a call that ignored some."""
+
+    def __init__(self, counts):
+        self.counts = counts
+
+    def wait(self):
+        return int(self.counts.sum())
+
+
 @pytest.mark.parametrize("backward", ["exact", "sampled"])
 def test_leaving_out_chunks_without_counted_tokens_changes_no_bit(backward, projection, monkeypatch):
     made, target = factors(torch.float32), ids(every=2)
@@ -31,13 +41,6 @@ def test_leaving_out_chunks_without_counted_tokens_changes_no_bit(backward, proj
         return logits(self, tokens)
 
     monkeypatch.setattr(projection.Projection, "logits", seen)
-
-    class Arrived:
-        def __init__(self, counts):
-            self.counts = counts
-
-        def wait(self):
-            return int(self.counts.sum())
 
     results = []
     for count in (lambda counts: None, Arrived):
@@ -51,6 +54,22 @@ def test_leaving_out_chunks_without_counted_tokens_changes_no_bit(backward, proj
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("backward", ["exact", "sampled"])
+def test_order_of_tokens_changes_nothing_but_the_last_bits(backward, projection, monkeypatch):
+    made, target = factors(torch.float32), ids(every=2)
+    with torch.no_grad():
+        made[0][target == -100] = torch.nan
+    options = {"linear_bias": made[2], "backward": backward, "seed": 1, "threshold": 1 / 8}
+    results = []
+    for count in (lambda counts: None, Arrived):
+        monkeypatch.setattr(projection, "_count_worth_waiting_for", count)
+        losses = fl.linear_cross_entropy(*made[:2], target, reduction="none", **options)
+        results.append([losses, *torch.autograd.grad(losses.sum(), made)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert one.isfinite().all()
+
+
 def test_default_chunks_are_made_for_the_tokens_that_count(projection, monkeypatch):
     made, target = factors(bias=False), ids(every=2)
     made_chunks = []
@@ -58,7 +77,7 @@ def test_default_chunks_are_made_for_the_tokens_that_count(projection, monkeypat
     monkeypatch.setattr(
         projection.Projection, "logits", lambda self, tokens: made_chunks.append(tokens) or logits(self, tokens)
     )
-    monkeypatch.setattr(projection.Order, "counted", lambda self: int((target != -100).sum()))
+    monkeypatch.setattr(projection, "_count_worth_waiting_for", Arrived)
     loss = fl.linear_cross_entropy(*made, target)
     gradients = torch.autograd.grad(loss, made)
     assert [chunk.stop for chunk in made_chunks] == [TOKENS // 2]

@@ -30,11 +30,11 @@ def projection(head: Head, wanted: Wanted) -> Projection:
     return Projection(*head, wanted)
 
 
-def _order(task: Task) -> tuple[Order | None, Task]:
+def _order(head: Head, task: Task) -> tuple[Order | None, Task]:
     """The order of class ids, and the task in it; probabilities all count."""
     if task.target.dtype in CODES:
         return None, task
-    order = Order(task.target != task.options.ignore_index)
+    order = Order(task.target != task.options.ignore_index, always=head.chunk_tokens is not None)
     return order, task._replace(target=order.apply(task.target))
 
 
@@ -43,7 +43,7 @@ def _forward(
 ) -> tuple[Loss, list[Tensor]]:
     hidden, classes = head.hidden, head.weight.shape[0]
     check_ids(task.target, classes, task.options.ignore_index)
-    order, task = _order(task)
+    order, task = _order(head, task)
     projection = Projection(*head, wanted, order)
     where, tokens = cuda.where(hidden), hidden.shape[0]
     sums = accumulation_dtype(hidden.dtype)
@@ -52,7 +52,9 @@ def _forward(
     saved = hidden.new_zeros((tokens, _cpu.SAVED_FIELDS), dtype=torch.float64)
     scale = hidden.new_empty((), dtype=torch.float64)
     loss = hidden.new_empty((), dtype=sums)
-    numbers = order.tokens if order is not None else torch.arange(tokens if sampler else 0, device=hidden.device)
+    numbers = hidden.new_empty(0)
+    if sampler is not None:
+        numbers = torch.arange(tokens, device=hidden.device) if order is None else order.numbers()
 
     def reduce(losses: Tensor | None) -> None:
         room = hidden.new_empty(_cuda.REDUCTION_BYTES, dtype=torch.uint8)
@@ -94,7 +96,7 @@ def cross_entropy_backward(
     upstream: Tensor, head: Head, task: Task, saved: Tensor, scale: Tensor, wanted: Wanted
 ) -> list[Tensor]:
     """As `linear_ops.cross_entropy_backward`."""
-    order, task = _order(task)
+    order, task = _order(head, task)
     projection = Projection(*head, wanted, order)
     by_token = upstream.ndim > 0
     if order is not None:

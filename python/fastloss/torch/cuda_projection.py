@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix products of linear cross-entropy on a GPU: a chunk of tokens at a time, those that count first.
+"""The matrix products of linear cross-entropy on a GPU: a chunk of tokens at a time, without those that are ignored.
 
-How many tokens count is known to the GPU alone. So the tokens that count are put first, in their order; the rest takes part
-with hidden states and gradients of zero, which weights of inf or NaN turn into NaN. A call leaves the rest out where the
-call before ignored tokens. Then the host waits for two numbers, neither of which costs the GPU more than the start of a
-product: that of the call before, with all that has been queued since behind it, and its own, which is on its way while the
-tokens are put in order. Where every token counts, the first is all that is waited for, and under graph capture nothing. So
-results depend on the calls so far, never on how far the GPU has come. With a given size of chunks, only whole ones are left
-out, and as long as weights are finite, results do not depend on other calls either.
+How many tokens count is known to the GPU alone. Hidden states and gradients of those that do not are zeros, which weights of
+inf or NaN turn into NaN. Where the call before ignored tokens, those that count are put first, in their order, and the rest is
+left out. Then the host waits for two numbers, neither of which costs the GPU more than the start of a product: that of the call
+before, with all that has been queued since behind it, and its own, which is on its way while the tokens are put in order. Where
+every token counts, the first is all that is waited for, and under graph capture nothing. So results depend on the calls so far,
+never on how far the GPU has come. With a given size of chunks, tokens are always put in order, and only whole chunks left out:
+as long as weights are finite, results do not depend on other calls either.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _TILE = 128  # tokens: what a product takes at a time
 _LINE = 128  # bytes: where rows of logits begin
 _BLOCK_BYTES = 1 << 28  # of a product in float32 where cuBLAS cannot add to the sum itself
 
-# Numbers of a product that cuBLAS has no reason to split: more than the multiprocessors take at a time, 256 x 128 each.
+# Numbers of a product that cuBLAS has no reason to split into sums of 16 bits, as PyTorch lets it: the multiprocessors take a
+# quarter of them at a time, 256 x 128 each.
 _UNSPLIT = 1 << 24
 
 # Products of 16-bit factors in float32, added to a float32 matrix: from this PyTorch on.
@@ -76,30 +77,37 @@ def _count_worth_waiting_for(counts: Tensor) -> Count | None:
 
 
 class Order:
-    """The tokens of a call, those that count first."""
+    """The tokens of a call: in their own order, or those that count first, where some may be left out."""
 
-    def __init__(self, counts: Tensor) -> None:
-        """Takes a bool for each token."""
+    def __init__(self, counts: Tensor, always: bool) -> None:
+        """Takes a bool for each token; `always` puts those that count first whether or not the call before ignored some."""
         self._count = _count_worth_waiting_for(counts)  # the GPU has the rest to do while its number is on its way
-        ignored = ~counts
-        self.tokens = ignored.to(torch.uint8).argsort(stable=True)
-        self._ignored = self.apply(ignored)
+        self._ignored = ~counts
+        self._tokens: Tensor | None = None
+        if always or self._count is not None:
+            self._tokens = self._ignored.to(torch.uint8).argsort(stable=True)
+            self._ignored = self.apply(self._ignored)
+
+    def numbers(self) -> Tensor:
+        """Those of the tokens, in this order."""
+        return torch.arange(len(self._ignored), device=self._ignored.device) if self._tokens is None else self._tokens
 
     def apply(self, rows: Tensor) -> Tensor:
         """Rows in this order."""
-        return rows.index_select(0, self.tokens)
+        return rows if self._tokens is None else rows.index_select(0, self._tokens)
 
     def apply_to_hidden(self, hidden: Tensor) -> Tensor:
-        """As `apply`; zeros for ignored tokens, whose hidden states may hold anything."""
-        return self.apply(hidden).masked_fill_(self._ignored[:, None], 0)
+        """As `apply`, in memory of its own; zeros for ignored tokens, whose hidden states may hold anything."""
+        ignored = self._ignored[:, None]
+        return hidden.masked_fill(ignored, 0) if self._tokens is None else self.apply(hidden).masked_fill_(ignored, 0)
 
     def undo(self, rows: Tensor) -> Tensor:
         """Rows at the places of their tokens again."""
-        return torch.empty_like(rows).index_copy_(0, self.tokens, rows)
+        return rows if self._tokens is None else torch.empty_like(rows).index_copy_(0, self._tokens, rows)
 
     def counted(self) -> int:
         """The first so many tokens hold all that count, as far as anybody asks."""
-        return len(self.tokens) if self._count is None else self._count.wait()
+        return len(self._ignored) if self._count is None else self._count.wait()
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -133,10 +141,9 @@ class Projection:
         self._grad_hidden = torch.empty_like(self._hidden) if wanted.hidden else None
         if self._grad_hidden is not None:
             self._grad_hidden[self._end :].zero_()
-        # Several chunks add up in the accumulation type. One is rounded by its product, unless that is so small that cuBLAS may
-        # split it into sums of 16 bits.
+        # Several chunks add up in the accumulation type; one is rounded by its product.
         at_once = self._size >= (self._end if chunk_tokens is None else self._tokens)
-        of_weight = weight.dtype if at_once and weight.numel() > _UNSPLIT else sums
+        of_weight = weight.dtype if at_once and weight.numel() >= _UNSPLIT else sums
         self._sum_weight = weight.new_empty(weight.shape, dtype=of_weight) if wanted.weight else None
         self._sum_bias = weight.new_zeros(classes, dtype=sums) if wanted.bias else None
 
@@ -189,8 +196,9 @@ def chunk_size(wanted: int | None, tokens: int, token_bytes: int, rounded_bytes:
 
 
 def hidden_product(grad: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = grad @ weight: a long sum, in float32 even where PyTorch lets cuBLAS split it into sums of 16 bits."""
-    if grad.is_cuda and _HAS_WIDE_SUMS and grad.dtype in (torch.bfloat16, torch.float16):
+    """out = grad @ weight: a long sum, in float32 even where cuBLAS might split it."""
+    may_split = out.numel() < _UNSPLIT and grad.dtype in (torch.bfloat16, torch.float16)
+    if may_split and grad.is_cuda and _HAS_WIDE_SUMS:
         out.copy_(torch.mm(grad, weight, out_dtype=torch.float32))
     else:
         torch.mm(grad, weight, out=out)
