@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu_peers import LINEAR_PEERS, LinearLoss
 from benchmarks.gpu_timing import Job, Jobs, interleave, kernels_of
 
-ROUNDS = 9
+ROUNDS = 15
 CHECKED_ROWS = 64
 LOSS_TOLERANCE = 2e-2  # relative: eager rounds it to 16 bits
 GRADIENT_TOLERANCE = 5e-2  # of the length of the rows that are checked
