@@ -182,7 +182,7 @@ FASTLOSS_HD inline GradientRow cross_entropy_gradient(const CrossEntropyOptions&
   if (o.z_loss != 0.0) row.a += 2.0 * row_weight * o.z_loss * (s.max + log1p_nonnegative<ScalarF64>(s.rest));
   row.a *= u;
   row.mass = u * s.mass;
-  row.d = -u * (o.label_smoothing / static_cast<double>(classes));
+  if (o.label_smoothing != 0.0) row.d = -u * (o.label_smoothing / static_cast<double>(classes));
   if (soft) row.e = -u * (1.0 - o.label_smoothing);
   return row;
 }

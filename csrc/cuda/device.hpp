@@ -55,9 +55,14 @@ __device__ inline double sum_over_warp(double value) {
   return over_warp(value, [](double a, double b) { return a + b; });
 }
 
-template <class T>
-__device__ inline T max_over_warp(T value) {
-  return over_warp(value, [](T a, T b) { return a > b ? a : b; });
+// Of no NaN.
+__device__ inline double max_over_warp(double value) {
+  return over_warp(value, [](double a, double b) { return a > b ? a : b; });
+}
+__device__ inline float max_over_warp(float value) {  // whose bits, those of negative ones turned round, have the same order
+  constexpr uint32_t kSign = 0x80000000u;
+  const uint32_t bits = float_bits(value), top = largest_of_lanes(bits & kSign ? ~bits : bits | kSign);
+  return float_of(top & kSign ? top ^ kSign : ~top);
 }
 
 __device__ inline int64_t min_over_warp(int64_t value) {

@@ -109,9 +109,10 @@ struct Fetched {
 template <class T, class R>
 __device__ inline void fetch_batch(const T* row, const R& run, Vector* place) {
   const bool all = run.has_all();
+  const T* first = kept(row + run.first);
 #pragma unroll
   for (int v = 0; v < kBatch; ++v) {
-    if (all || run.has(v * R::kRun)) fetch_vector(place + v * kThreads, row + run.column(v * R::kRun));
+    if (all || run.has(v * R::kRun)) fetch_vector(place + v * kThreads, first + v * run.step);
   }
 }
 constexpr int kBatchStep = kBatch * kThreads;  // from one batch of a thread to the next

@@ -68,12 +68,21 @@ __device__ inline void put(double x, double& out) { out = x; }
 template <class T>
 using SharedType = T;  // an array's, too: it stands before the name
 
+// The same address, in registers from here on: else the compiler works it out anew at each use of it, to save registers.
+template <class T>
+__device__ inline T* kept(T* address) {
+  asm("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
 // All lanes of a warp call these together.
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ inline bool any_lane(bool value) { return __any_sync(kAllLanes, value); }
 // A bit for each lane.
 __device__ inline uint32_t lanes_where(bool value) { return __ballot_sync(kAllLanes, value); }
+__device__ inline uint32_t largest_of_lanes(uint32_t value) { return __reduce_max_sync(kAllLanes, value); }
 __device__ inline int count_bits(uint32_t bits) { return __popc(bits); }
 __device__ inline int first_bit(uint32_t bits) { return __ffs(bits) - 1; }
 template <class T>
@@ -146,13 +155,15 @@ __device__ inline void send([[maybe_unused]] double& shared, [[maybe_unused]] in
       : "memory");
 #endif
 }
+// Acquires for this block, in whose own shared memory the numbers lie: for the cluster it would empty the L1 cache as well,
+// which took a tenth of all time.
 __device__ inline void wait_for_arrivals([[maybe_unused]] Arrivals& arrivals, [[maybe_unused]] int turn) {
 #if __CUDA_ARCH__ >= 900
   uint32_t there = 0;
   while (!there) {
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(there)
         : "r"(shared_address(&arrivals.barrier)), "r"(turn % 2)

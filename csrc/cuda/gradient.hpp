@@ -55,7 +55,14 @@ class RunGradient {
   __device__ static GradientTerms<Along<V>> terms_of(const Problem& p, const GradientRow& c) {
     GradientTerms<Along<V>> terms;
     terms.weight = terms.soft = terms.derivative = nullptr;
-    set_row(terms, 0, c, p.transform.softcap != 0.0 ? 1.0 : p.transform.inv_temperature);
+    if constexpr (kFull) {
+      set_row(terms, 0, c, p.transform.softcap != 0.0 ? 1.0 : p.transform.inv_temperature);
+    } else {
+      terms.ref[0] = finite_reference(static_cast<A>(c.max));
+      terms.inv_sum[0] = static_cast<A>(1.0 / (1.0 + c.rest));
+      terms.a[0] = static_cast<A>(c.a);
+      terms.d[0] = static_cast<A>(c.d);
+    }
     return terms;
   }
 

@@ -24,7 +24,7 @@ struct Stretch {
   __device__ Stretch(const Problem& p, const Loss& loss, int64_t block, int64_t id)
       : at(place_of(p, block)),
         label(at.there ? label_of_id<A>(p, loss, id) : Label<A>{}),
-        row(row_of<const T>(p, p.logits, at.there ? at.row : 0)),
+        row(kept(row_of<const T>(p, p.logits, at.there ? at.row : 0))),
         span(span_of<T, true>(p, at, row)),
         batches(at, span) {}
 
@@ -173,7 +173,6 @@ __device__ inline PlainPart scan_twice(const Stretch<T, kWhole>& now, const Shel
 template <class V>
 struct Known {
   RowStats stats;
-  SavedRow saved;
   GradientRow row;
   GradientTerms<Along<V>> terms;
 };
@@ -249,12 +248,13 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
       if constexpr (kFull) {
         stats = merge_parts<true>(parts[set] + begin, count, 1);
       } else {
-        stats = merge_plain_parts<A>(parts[set] + begin, count);
+        stats = merge_plain_parts<V, kWhole ? kWarps * kMostOfCluster : kWarps>(parts[set] + begin, count);
       }
       if (lane == 0) {
         c.stats = stats;
-        loss_of_row<V>(p, loss, {now.label, {}}, stats, c.saved);
-        c.row = coefficients_of_loss(p, loss, now.label, c.saved, upstream);
+        SavedRow saved;
+        loss_of_row<V>(p, loss, {now.label, {}}, stats, saved);
+        c.row = coefficients_of_loss(p, loss, now.label, saved, upstream);
         c.terms = RunGradient<V, kFull>::terms_of(p, c.row);
       }
     }
@@ -269,23 +269,26 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
     const OfBlock next(p, loss, block(turn + 1), next_id);
     const bool fetches = turn + 1 < p.turns && next.counts();
     int fetched = 0;
-    T* out = row_of<T>(p, p.grad, at.there ? at.row : 0);
+    T* const out = row_of<T>(p, p.grad, at.there ? at.row : 0);
     if (p.grad.data && at.there) {
       if (c.row.zero) {
         write_zeros<T, V, true>(p, at);
       } else {
         RunGradient<V, kFull> gradient(p, c.row, c.terms, at.row);
+        T* const to = kept(out);
         const auto write = [&](const auto& fetched_run, const auto& fetched) {
           for_pieces<V, 32>(fetched_run, fetched, [&](const auto& run, auto& z) {
             gradient.apply(run, z);
-            store(z, run, p.grad.class_step, out);
+            store(z, run, p.grad.class_step, to);
           });
         };
         const auto write_alone = [&](const auto& run) { write(run, fetched_alone(now.row, run, A(0))); };
         for_head(at, now.span, write_alone);
         for (; fetched < now.batches.count; ++fetched) {
-          write(now.batches[fetched], shelf.again(now.batches, fetched, A(0)));
+          // The next row's takes its place: what a thread has read before it asks for a copy is not overtaken by the copy.
+          const auto batch = shelf.again(now.batches, fetched, A(0));
           if (fetches) shelf.fetch(fetched, next.row, next.batches);
+          write(now.batches[fetched], batch);
         }
         for_tail(at, now.span, now.batches, write_alone);
       }
@@ -303,7 +306,7 @@ one_trip_kernel(FASTLOSS_ARGUMENT Problem p, FASTLOSS_ARGUMENT Loss loss, FASTLO
       stats.log_sum = log1p_nonnegative<CudaF64>(stats.rest);
       SavedRow saved;
       const double value = loss_of_row<V>(p, loss, {now.label, logit}, stats, saved);
-      write_loss<A>(loss, at.row, value, c.saved);
+      write_loss<A>(loss, at.row, value, saved);
     }
     now = next;
   }

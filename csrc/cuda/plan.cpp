@@ -17,7 +17,7 @@ constexpr int64_t kMostClasses = INT32_MAX - (1 << 20);        // a thread steps
 constexpr int64_t kPartBytes = 16 * kWarpBytes;                // a row is split into no less
 constexpr int64_t kMostParts = 64;                             // of a row whose parts are merged
 constexpr int kBlocksOfMultiprocessor = 3;                     // at a time: for fewer in all, rows are split
-constexpr int kMostTurns = 8, kLeastWaves = 8;                 // of blocks: the last of them leaves some of the GPU idle
+constexpr int kMostTurns = 3, kLeastWaves = 8;                 // of blocks: the last of them leaves some of the GPU idle
 constexpr int64_t kLeastStrided = 8, kMostStrided = 64;        // classes of a thread where they lie apart: more in a full block
 constexpr int kMultiprocessorsOfBlock = 8;                     // of a cluster, at least: small GPUs may take none of 8
 
@@ -31,7 +31,8 @@ void share_row(Problem& p, int64_t wanted) {
 // The most batches that a thread can have of one of so many parts of a row.
 int batches_of(const Problem& p, int parts) {
   const int64_t vectors = p.classes * itemsize_of(p.logits.dtype) / kVectorBytes;
-  const int64_t of_part = (vectors + parts - 1) / parts, of_batch = kBatch * kWarp * p.warps_per_row;
+  const int64_t lines = (vectors + kLine - 1) / kLine, of_part = std::min(vectors, (lines + parts - 1) / parts * kLine);
+  const int64_t of_batch = kBatch * kWarp * p.warps_per_row;
   return static_cast<int>(std::min<int64_t>((of_part + of_batch - 1) / of_batch, INT32_MAX / 2));
 }
 

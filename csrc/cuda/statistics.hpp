@@ -261,32 +261,43 @@ __device__ inline RowStats merge_parts(const Part* parts, int count, int step) {
   return stats;
 }
 
-// What a plain row needs of a part, and the same for a warp together, with fewer exchanges.
+// What a plain row needs of a part. And the same for a warp together: all wait for it, so it takes few steps.
 struct PlainPart {
   double max, sum, rest;
 };
 
-template <class A>
+// Of kMost parts at most.
+template <class V, int kMost>
 __device__ inline RowStats merge_plain_parts(const PlainPart* parts, int count) {
+  using A = typename V::T;
+  constexpr int kOfLane = (kMost + kWarp - 1) / kWarp;
   const int lane = threadIdx.x % kWarp;
-  A largest = -static_cast<A>(__builtin_huge_val());
-  for (int i = lane; i < count; i += kWarp) largest = larger(static_cast<A>(parts[i].max), largest);
-  const double max = max_over_warp(largest);
-  int top = -1;
-  double others = 0.0;
-  for (int begin = 0; begin < count; begin += kWarp) {
-    const int i = begin + lane;
-    const bool there = i < count, holds_max = there && parts[i].max == max;
-    const uint32_t holders = lanes_where(holds_max);
-    if (top < 0 && holders) top = begin + first_bit(holders);
-    if (!there || i == top) continue;
-    const double sum = parts[i].sum;
-    others += holds_max || sum == 0.0 ? sum : sum * exp_nonpositive(parts[i].max - max);
+  A top[kOfLane];
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const int part = i * kWarp + lane;
+    top[i] = part < count ? static_cast<A>(parts[part].max) : -static_cast<A>(__builtin_huge_val());
   }
-  others = sum_over_warp(others);
+  const A max = max_over_warp(largest_of(top));
+  double rest = 0.0;
+  bool found = false;  // the first part that holds the maximum, one of whose logits is left out
+#pragma unroll
+  for (int i = 0; i < kOfLane; ++i) {
+    const int part = i * kWarp + lane;
+    const uint32_t holders = lanes_where(part < count && top[i] == max);
+    const bool first = !found && holders && first_bit(holders) == lane;
+    found = found || holders;
+    if (part >= count) continue;
+    if (first) {
+      rest += parts[part].rest;
+    } else if (const double sum = parts[part].sum; sum != 0.0) {
+      rest += top[i] == max ? sum : sum * exp_of<V>(top[i] - max);
+    }
+  }
+  rest = sum_over_warp(rest);
   RowStats s = {};
   s.max = max;
-  s.rest = parts[top].sum + others >= 1.0 ? parts[top].rest + others : __builtin_nan("");
+  s.rest = rest >= 0.0 ? rest : __builtin_nan("");
   return s;
 }
 

@@ -117,8 +117,12 @@ __device__ inline Span span_of(const Problem& p, const Place& at, const T* row) 
     const int to_aligned = (kVectorBytes - reinterpret_cast<uintptr_t>(row) % kVectorBytes) % kVectorBytes / sizeof(T);
     const int head = to_aligned < classes ? to_aligned : classes;
     if (p.parts == 1) return {0, classes, head};
-    const int vectors = (classes - head) / kRun;
-    const int first = head + begin_of(at.part, vectors) * kRun, last = head + begin_of(at.part + 1, vectors) * kRun;
+    const int vectors = (classes - head) / kRun, lines = (vectors + kLine - 1) / kLine;
+    const auto class_of = [&](int part) {
+      const int vector = begin_of(part, lines) * kLine;
+      return head + (vector < vectors ? vector : vectors) * kRun;
+    };
+    const int first = class_of(at.part), last = class_of(at.part + 1);
     return {at.part == 0 ? 0 : first, at.part == p.parts - 1 ? classes : last, first};
   }
 }

@@ -274,6 +274,10 @@ inline uint32_t lanes_where(bool value) {
   for (int mask = kWarp / 2; mask >= 1; mask /= 2) bits |= cluster.exchange(bits, cluster.lane() ^ mask);
   return bits;
 }
+inline uint32_t largest_of_lanes(uint32_t value) {
+  for (int mask = kWarp / 2; mask >= 1; mask /= 2) value = std::max(value, cluster.exchange(value, cluster.lane() ^ mask));
+  return value;
+}
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 inline int first_bit(uint32_t bits) { return __builtin_ffs(bits) - 1; }
 template <class T>
@@ -287,6 +291,10 @@ T from_lane(T value, int lane) {
 
 inline void fetch_vector(Vector* shared, const void* global) { cluster.fetch(shared, global); }
 inline void end_of_fetch() { cluster.end_of_fetch(); }
+template <class T>
+T* kept(T* address) {
+  return address;
+}
 template <int kGroups>
 void wait_for_fetched() {
   cluster.wait_for_fetched(kGroups);
