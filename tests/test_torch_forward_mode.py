@@ -99,14 +99,20 @@ def test_ids_out_of_range_raise_in_forward_mode_and_are_nan_on_a_gpu(call, devic
 
 def test_ids_out_of_range_are_nan_in_the_plain_formulas():
     x, ids = seeded(4, CLASSES), torch.tensor([0, CLASSES, -1, -100])
-    options = ops.Options(1, -100, 0.1, 0.2, 0.0, 1.0)
-    losses = plain.row_losses(x, ids, seeded(CLASSES, seed=3).abs(), None, options)
-    assert losses.isnan().tolist() == [False, True, True, False]
-    want = [True] + 5 * [False]
-    (logprob,) = plain.statistics(x, ids, None, 1, 0.0, 1.0, want)
-    assert logprob.isnan().tolist() == [False, True, True, True]
-    (logprobs,) = plain.statistics(x[:1], ids[None], None, 1, 0.0, 1.0, want)
-    assert logprobs.isnan().tolist() == [[False, True, True, True]]
+    weight, want = seeded(CLASSES, seed=3).abs(), [True] + 5 * [False]
+
+    def losses(x):
+        return plain.row_losses(x, ids, weight, None, ops.Options(1, -100, 0.1, 0.2, 0.0, 1.0))
+
+    def logprob(x, ids=ids):
+        return plain.statistics(x, ids, None, 1, 0.0, 1.0, want)[0]
+
+    for function, expected in ((losses, [False, True, True, False]), (logprob, [False, True, True, True])):
+        value, tangent = torch.func.jvp(function, (x,), (x,))
+        assert value.isnan().tolist() == tangent.isnan().tolist() == expected
+        (grad,) = torch.func.vjp(function, x)[1](torch.ones_like(value))
+        assert grad.isnan().any(1).tolist() == expected
+    assert logprob(x[:1], ids[None]).isnan().tolist() == [[False, True, True, True]]
 
 
 def test_numbers_in_tensors_under_torch_func():

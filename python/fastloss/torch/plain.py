@@ -50,12 +50,12 @@ def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tens
 
 
 def pick(values: Tensor, ids: Tensor) -> Tensor:
-    """The numbers of these classes, NaN for an id out of range, which a GPU, where nobody checks them, must not meet."""
+    """The numbers of these classes. NaN, and so are derivatives, for an id out of range, which a GPU must not look up."""
     classes = values.shape[-1]
     there = (ids >= 0) & (ids < classes)
     places = torch.where(there, ids, 0).long()
     picked = values[places] if values.ndim == 1 else values.gather(-1, places)
-    return torch.where(there, picked, math.nan)
+    return picked * torch.where(there, values.new_ones(()), math.nan)
 
 
 def times(factor: Tensor, gap: Tensor) -> Tensor:
