@@ -92,8 +92,10 @@ def test_first_and_second_derivatives(options, kind):
         return ours(hidden, weight, soft[0] if soft else target, linear_bias=bias, **options)
 
     variables = (hidden, weight, bias, *((target.requires_grad_(),) if kind == "soft" else ()))
-    assert torch.autograd.gradcheck(loss, variables)
-    assert torch.autograd.gradgradcheck(loss, variables)
+    # On a GPU the first call that ignores tokens adds up in another order than those behind it.
+    tolerance = {"nondet_tol": 1e-12 if hidden.is_cuda else 0.0}
+    assert torch.autograd.gradcheck(loss, variables, **tolerance)
+    assert torch.autograd.gradgradcheck(loss, variables, **tolerance)
 
 
 @on_each_device

@@ -21,13 +21,25 @@ def projection(linear):
 
 
 class Arrived:
-    """The number of tokens that count, as after a call that ignored some."""
+    """The number of tokens that count."""
 
     def __init__(self, counts):
         self.counts = counts
 
     def wait(self):
         return int(self.counts.sum())
+
+
+def after_a_call_that_ignored_some(counts):
+    return True, Arrived(counts)
+
+
+def in_the_first_call(counts):
+    return True, None
+
+
+def where_none_was_ever_ignored(counts):
+    return False, None
 
 
 @pytest.mark.parametrize("backward", ["exact", "sampled"])
@@ -43,9 +55,9 @@ def test_leaving_out_chunks_without_counted_tokens_changes_no_bit(backward, proj
     monkeypatch.setattr(projection.Projection, "logits", seen)
 
     results = []
-    for count in (lambda counts: None, Arrived):
+    for expected_of in (in_the_first_call, after_a_call_that_ignored_some):
         made_chunks.append(0)
-        monkeypatch.setattr(projection, "_count_worth_waiting_for", count)
+        monkeypatch.setattr(projection, "_expected", expected_of)
         options = {"linear_bias": made[2], "chunk_tokens": 4, "backward": backward, "seed": 1, "threshold": 1 / 8}
         loss = fl.linear_cross_entropy(*made[:2], target, **options)
         losses = fl.linear_cross_entropy(*made[:2], target, reduction="none", **options)
@@ -61,8 +73,8 @@ def test_order_of_tokens_changes_nothing_but_the_last_bits(backward, projection,
         made[0][target == -100] = torch.nan
     options = {"linear_bias": made[2], "backward": backward, "seed": 1, "threshold": 1 / 8}
     results = []
-    for count in (lambda counts: None, Arrived):
-        monkeypatch.setattr(projection, "_count_worth_waiting_for", count)
+    for expected_of in (where_none_was_ever_ignored, after_a_call_that_ignored_some):
+        monkeypatch.setattr(projection, "_expected", expected_of)
         losses = fl.linear_cross_entropy(*made[:2], target, reduction="none", **options)
         results.append([losses, *torch.autograd.grad(losses.sum(), made)])
     for one, other in zip(*results, strict=True):
@@ -77,7 +89,7 @@ def test_default_chunks_are_made_for_the_tokens_that_count(projection, monkeypat
     monkeypatch.setattr(
         projection.Projection, "logits", lambda self, tokens: made_chunks.append(tokens) or logits(self, tokens)
     )
-    monkeypatch.setattr(projection, "_count_worth_waiting_for", Arrived)
+    monkeypatch.setattr(projection, "_expected", after_a_call_that_ignored_some)
     loss = fl.linear_cross_entropy(*made, target)
     gradients = torch.autograd.grad(loss, made)
     assert [chunk.stop for chunk in made_chunks] == [TOKENS // 2]
@@ -88,11 +100,13 @@ def test_default_chunks_are_made_for_the_tokens_that_count(projection, monkeypat
         torch.testing.assert_close(ours, gradient, rtol=1e-6, atol=1e-9)
 
 
-def test_host_asks_how_many_tokens_count_only_after_a_call_that_ignored_some(projection, monkeypatch):
+def test_tokens_are_put_in_order_once_some_were_ignored_and_the_host_asks_after_a_call_that_ignored_some(
+    projection, monkeypatch
+):
     monkeypatch.undo()  # the functions that decide, over a count that needs no GPU
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(projection, "_last", {})
-
+    monkeypatch.setattr(projection, "_ignoring", set())
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
 
     class Count:
@@ -105,13 +119,16 @@ def test_host_asks_how_many_tokens_count_only_after_a_call_that_ignored_some(pro
     monkeypatch.setattr(projection, "Count", Count)
     everything, some = torch.ones(4, dtype=torch.bool), torch.tensor([True, False])
 
-    def asks(counts):
-        return projection._count_worth_waiting_for(counts) is not None
+    def seen(counts):
+        ordered, count = projection._expected(counts)
+        return ordered, count is not None
 
-    assert [asks(counts) for counts in (everything, some, some, everything, everything)] == [False, False, True, True, False]
-    asks(some)
+    assert [seen(everything) for _ in range(3)] == [(True, False), (False, False), (False, False)]
+    calls = (some, some, everything, everything)
+    assert [seen(counts) for counts in calls] == [(False, False), (True, True), (True, True), (True, False)]
+    seen(some)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not asks(some)
+    assert seen(some) == (True, False)
 
 
 def test_weight_sum_is_float32_over_several_chunks_and_rounded_once(projection):

@@ -127,7 +127,7 @@ def torch_over_emulation(emulated, monkeypatch):
         monkeypatch.delitem(sys.modules, f"fastloss.torch.{name}", raising=False)
     cuda, projection, linear = (importlib.import_module(f"fastloss.torch.{name}") for name in names)
     monkeypatch.setattr(cuda, "where", lambda tensor: (0, 0))
-    monkeypatch.setattr(projection, "_count_worth_waiting_for", lambda counts: None)
+    monkeypatch.setattr(projection, "_expected", lambda counts: (True, None))
     monkeypatch.setattr(linear_ops, "is_on_gpu", lambda tensor: True)
     for name in ("cross_entropy", "cross_entropy_backward", "soft_target_gradient"):
         monkeypatch.setattr(ops, name, getattr(cuda, name))

@@ -2,12 +2,12 @@
 """The matrix products of linear cross-entropy on a GPU: a chunk of tokens at a time, without those that are ignored.
 
 How many tokens count is known to the GPU alone. Hidden states and gradients of those that do not are zeros, which weights of
-inf or NaN turn into NaN. Where the call before ignored tokens, those that count are put first, in their order, and the rest is
-left out. Then the host waits for two numbers, neither of which costs the GPU more than the start of a product: that of the call
-before, with all that has been queued since behind it, and its own, which is on its way while the tokens are put in order. Where
-every token counts, the first is all that is waited for, and under graph capture nothing. So results depend on the calls so far,
-never on how far the GPU has come. With a given size of chunks, tokens are always put in order, and only whole chunks left out:
-as long as weights are finite, results do not depend on other calls either.
+inf or NaN turn into NaN. Once a call has ignored tokens, those that count are put first, in their order, and a call leaves the
+rest out where the call before ignored some. Then the host waits for two numbers, neither of which costs the GPU more than the
+start of a product: that of the call before, with all that has been queued since behind it, and its own, which is on its way
+while the tokens are put in order. Where every token counts, the first is all that is waited for, and under graph capture
+nothing. So results depend on the calls so far, never on how far the GPU has come. With a given size of chunks, tokens are put
+in order in any case, and only whole chunks left out: as long as weights are finite, results do not depend on other calls.
 """
 
 from __future__ import annotations
@@ -63,28 +63,32 @@ class Count:
 
 
 _last: dict[torch.device, Count] = {}
+_ignoring: set[torch.device] = set()  # where a call has ignored tokens, as far as the host knows
 
 
-def _count_worth_waiting_for(counts: Tensor) -> Count | None:
-    """The number of this call where the one before ignored tokens."""
+def _expected(counts: Tensor) -> tuple[bool, Count | None]:
+    """Whether to reckon with ignored tokens, and the number of this call where the one before had some."""
     device = counts.device
+    last = _last.get(device)
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
-            return None
-    last, count = _last.get(device), Count(counts)
-    _last[device] = count
-    return None if last is None or last.is_all() else count
+            return last is None or device in _ignoring, None
+    _last[device] = count = Count(counts)
+    if last is not None and not last.is_all():
+        _ignoring.add(device)
+        return True, count
+    return last is None or device in _ignoring, None
 
 
 class Order:
-    """The tokens of a call: in their own order, or those that count first, where some may be left out."""
+    """The tokens of a call, those that count first; in their own order as long as none was ever ignored."""
 
     def __init__(self, counts: Tensor, always: bool) -> None:
-        """Takes a bool for each token; `always` puts those that count first whether or not the call before ignored some."""
-        self._count = _count_worth_waiting_for(counts)  # the GPU has the rest to do while its number is on its way
+        """Takes a bool for each token; `always` puts those that count first whatever other calls did."""
+        expected, self._count = _expected(counts)  # the GPU has the rest to do while the number is on its way
         self._ignored = ~counts
         self._tokens: Tensor | None = None
-        if always or self._count is not None:
+        if always or expected:
             self._tokens = self._ignored.to(torch.uint8).argsort(stable=True)
             self._ignored = self.apply(self._ignored)
 
