@@ -35,15 +35,17 @@ struct Lanes {
 
   // Lane i takes in lane i + half, then half of half, down to one.
   template <class Merge>
-  void reduce(Merge merge, typename V::T* out) {
+  void reduce(Merge merge, typename V::T* out) const {
+    Reg r[kRegs / 2];
+    for (int k = 0; k < kRegs / 2; ++k) r[k] = merge(reg[k], reg[k + kRegs / 2]);
 #pragma GCC unroll 8
-    for (int half = kRegs / 2; half >= 1; half /= 2) {
-      for (int k = 0; k < half; ++k) reg[k] = merge(reg[k], reg[k + half]);
+    for (int half = kRegs / 4; half >= 1; half /= 2) {
+      for (int k = 0; k < half; ++k) r[k] = merge(r[k], r[k + half]);
     }
-    O::store_per_row(out, halve<O::kClasses / 2>(reg[0], merge));
+    O::store_per_row(out, halve<O::kClasses / 2>(r[0], merge));
   }
 
-  void sum(typename V::T* out) { reduce(V::add, out); }
+  void sum(typename V::T* out) const { reduce(V::add, out); }
 
  private:
   template <int kHalf, class Merge>
@@ -179,10 +181,53 @@ inline BegunExp<typename O::V> begin_exp(const T* z, int at, typename O::V::Reg 
   return {x, shift_exponent<V>(x)};
 }
 
+// A class that holds more than half of the block, perhaps of the row.
+template <class A>
+inline bool is_confident(A sum) {
+  return sum >= 1 && sum < 2;
+}
+
+// `others` where the row is confident.
 template <class O>
 struct PanelSums {
-  typename O::T sum[O::kRows], sum_x[O::kRows], sum_sq[O::kRows];
+  typename O::T sum[O::kRows], others[O::kRows], sum_x[O::kRows], sum_sq[O::kRows];
 };
+
+// sum e without the first class of the maximal logit, whose 1 would round the others away. In one row, that class touches one
+// virtual lane, which is added up again; rows side by side have their top classes in lanes of their own, and take all of them.
+template <class O>
+inline void sums_of_others(const typename O::T* z, int n, const typename O::T* max, const Lanes<O>& sums, PanelSums<O>& out) {
+  using V = typename O::V;
+  using A = typename O::T;
+  const auto power = [&](const A* x, int at) {
+    const BegunExp<V> begun = begin_exp<O>(x, at, O::per_row(max));
+    return exp_shifted<V>(begun.x, begun.shifted);
+  };
+  A first[O::kRows];
+  first_of_max<O>(z, n, max, first);
+  Lanes<O> others(0);
+  if constexpr (O::kRows > 1) {
+    const auto tops = O::per_row(first);
+    for_registers<O>(
+        n, [] {},
+        [&](int at, int k) {
+          const auto e = V::zero_where_zero(power(z, at), V::sub(tops, V::set(at)));
+          others.reg[k] = V::add(others.reg[k], e);
+        });
+  } else {
+    const int top = static_cast<int>(*first), lane = top % kLanes, steps = (n - lane + kLanes - 1) / kLanes;
+    A e[kBlock / kLanes], of_lanes[kLanes];
+    V::store(e + (steps - 1) / V::kWidth * V::kWidth, V::set(-__builtin_huge_val()));
+    for (int i = 0; i < steps; ++i) e[i] = z[lane + i * kLanes];
+    for (int i = 0; i < steps; i += V::kWidth) V::store(e + i, power(e, i));
+    e[top / kLanes] = 0;
+    for (int k = 0; k < Lanes<O>::kRegs; ++k) V::store(of_lanes + k * V::kWidth, sums.reg[k]);
+    of_lanes[lane] = 0;
+    for (int i = 0; i < steps; ++i) of_lanes[lane] += e[i];
+    for (int k = 0; k < Lanes<O>::kRegs; ++k) others.reg[k] = V::load(of_lanes + k * V::kWidth);
+  }
+  others.sum(out.others);
+}
 
 // sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x), which stays in `powers` with kKeep.
 template <class O, bool kEntropy, bool kSquares, bool kKeep>
@@ -201,6 +246,9 @@ inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, Ah
     if constexpr (kSquares) sum_sq.reg[k] = V::fma(e, e, sum_sq.reg[k]);
   });
   sum.sum(out.sum);
+  bool confident = false;
+  for (int r = 0; r < O::kRows; ++r) confident |= is_confident(out.sum[r]);
+  if (confident) sums_of_others<O>(z, n, ref, sum, out);
   if constexpr (kEntropy) sum_x.sum(out.sum_x);
   if constexpr (kSquares) sum_sq.sum(out.sum_sq);
 }

@@ -38,38 +38,22 @@ void gather(const Pass& pass, const Tile& logits, int rows, const TargetIds& ids
   }
 }
 
-// A class that holds more than half of the block, perhaps of the row.
-template <class A>
-inline bool is_confident(A sum) {
-  return sum >= 1 && sum < 2;
-}
-
-// sum exp(z - max) of each row without the first class of the maximal logit, whose 1 would round the others away. `room` takes
-// the panel.
-template <class O>
-inline void sums_without_max(const typename O::T* z, int n, const typename O::T* max, typename O::T* room, PanelSums<O>& out) {
-  typename O::T first[O::kRows];
-  first_of_max<O>(z, n, max, first);
-  __builtin_memcpy(room, z, O::padded(n) * O::kRows * sizeof *z);
-  for (int r = 0; r < O::kRows; ++r) {
-    room[static_cast<int>(first[r]) * O::kRows + r] = -static_cast<typename O::T>(__builtin_huge_val());
-  }
-  Ahead nothing;
-  exp_sums<O, false, false, false>(room, n, max, nothing, nullptr, out);
-}
-
-// A block of one row that is widened, or copied because its place is taken, gets its maximum on the way. False: not such a row.
+// Rows of adjacent classes that are widened, padded, or copied because their place is taken, get their maxima on the way.
+// False: not such rows.
 template <class O>
 inline bool stage_with_max(const Pass& pass, const Tile& logits, int rows, int64_t block, bool copy, Ahead& ahead,
                            Scratch& scratch, typename O::T* max) {
   using A = typename O::T;
-  if (O::kRows > 1 || rows > 1 || logits.class_step != 1 || !is_identity(pass.transform)) return false;
+  if (O::kRows > 1 || logits.class_step != 1 || !is_identity(pass.transform)) return false;
   return with_storage(logits.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     if constexpr (O::kRows == 1 && kNative<typename O::V, T>) {
-      if (sizeof(T) == sizeof(A) && !copy) return false;
-      widen_with_max<O>(element<const T>(logits, 0, block * kBlock), block_length(pass.classes, block), ahead,
-                        static_cast<A*>(scratch.logits), max);
+      if (sizeof(T) == sizeof(A) && rows == 1 && !copy) return false;
+      const int n = block_length(pass.classes, block);
+      for (int r = 0; r < rows; ++r) {
+        widen_with_max<O>(element<const T>(logits, r, block * kBlock), n, ahead,
+                          static_cast<A*>(scratch.logits) + r * O::padded(n), max + r);
+      }
       return true;
     }
     return false;
@@ -88,12 +72,12 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock;
     const int n = block_length(pass.classes, block);
-    A max_of_row;
+    A max_of_row[kTileRows];
     Ahead ahead(logits, rows, block);
     const bool copy = out.powers == logits.data;
-    const bool max_known = stage_with_max<O>(pass, logits, rows, block, copy, ahead, scratch, &max_of_row);
-    const Staged<A> staged =
-        max_known ? Staged<A>{static_cast<A*>(scratch.logits), 0} : stage_logits<O>(pass, logits, rows, block, scratch);
+    const bool max_known = stage_with_max<O>(pass, logits, rows, block, copy, ahead, scratch, max_of_row);
+    const Staged<A> staged = max_known ? Staged<A>{static_cast<A*>(scratch.logits), O::padded(n) * O::kRows}
+                                       : stage_logits<O>(pass, logits, rows, block, scratch);
     const A* weight = (pass.want & kWantWeighted) || soft.data ? stage_weight<A>(pass, block, scratch) : nullptr;
     A* q = soft.data ? static_cast<A*>(scratch.soft) : nullptr;
     if (q) load_tile<O>(soft, first, n, rows, A(0), q, staged.panel_size);
@@ -101,17 +85,14 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
       const A* z = staged.z + p * staged.panel_size;
       A max[O::kRows], ref[O::kRows];
       if (max_known) {
-        max[0] = max_of_row;
+        max[0] = max_of_row[p];
       } else {
         row_max<O>(z, n, ahead, max);
       }
       for (int r = 0; r < O::kRows; ++r) ref[r] = finite_reference(max[r]);
-      PanelSums<O> sums, without = {};
+      PanelSums<O> sums;
       A* powers = out.powers ? powers_of<O>(pass, out, rows, block) + p * staged.panel_size : nullptr;
       sums_of(z, n, ref, ahead, powers, sums);
-      bool confident = false;
-      for (int r = 0; r < O::kRows; ++r) confident |= is_confident(sums.sum[r]);
-      if (confident) sums_without_max<O>(z, n, ref, static_cast<A*>(scratch.derivative), without);
 
       const auto write = [&](PartialField field, const A* numbers) {
         double* row = out.partials.row(block, field) + p * O::kRows;
@@ -120,10 +101,7 @@ void scan_panels(const Pass& pass, const Tile& logits, const Tile& soft, int row
       write(kMax, max);
       write(kSum, sums.sum);
       double* rest = out.partials.row(block, kRest) + p * O::kRows;
-      for (int r = 0; r < O::kRows; ++r) rest[r] = sums.sum[r] - 1.0;
-      for (int r = 0; r < O::kRows && confident; ++r) {
-        if (is_confident(sums.sum[r])) rest[r] = without.sum[r];
-      }
+      for (int r = 0; r < O::kRows; ++r) rest[r] = is_confident(sums.sum[r]) ? sums.others[r] : sums.sum[r] - 1.0;
       if (pass.want & (kWantEntropy | kWantSumSq)) write(kSumX, sums.sum_x);
       if (pass.want & kWantSumSq) write(kSumSq, sums.sum_sq);
       A weighted[O::kRows], total[O::kRows];
