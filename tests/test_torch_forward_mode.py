@@ -97,7 +97,21 @@ def test_ids_out_of_range_raise_in_forward_mode_and_are_nan_on_a_gpu(call, devic
             transform(functions[call])
 
 
-def test_ids_out_of_range_are_nan_in_the_plain_formulas():
+@pytest.mark.parametrize("wrong", [CLASSES, -1])
+def test_ids_that_nobody_sees_before_they_are_looked_up_raise(wrong, device):
+    if device == "cuda":
+        pytest.skip("a GPU does not raise")
+    x, ids = seeded(3, 2, CLASSES), torch.tensor([[0, 1], [1, wrong], [2, 0]])
+
+    def tangent(x, y):
+        return torch.func.jvp(lambda x: fl.cross_entropy(x, y), (x,), (x,))[1]
+
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        torch.func.vmap(tangent)(x, ids)
+
+
+def test_ids_out_of_range_are_nan_in_the_plain_formulas_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(plain, "pick", plain.look_up_or_nan)
     x, ids = seeded(4, CLASSES), torch.tensor([0, CLASSES, -1, -100])
     weight, want = seeded(CLASSES, seed=3).abs(), [True] + 5 * [False]
 

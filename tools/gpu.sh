@@ -36,10 +36,11 @@ esac
 declare -A watched
 for tool in memcheck racecheck; do
   [ -z "$sanitizer" ] && continue
-  timeout 120 "$sanitizer" --tool "$tool" "$ours" kns=fastloss --report-api-errors no --error-exitcode 3 \
+  timeout -k 5 120 "$sanitizer" --tool "$tool" "$ours" kns=fastloss --report-api-errors no --error-exitcode 3 \
     "$python" tools/gpu_sanitize.py >"build/gpu/$tool.log" 2>&1 &
   watched[$tool]=$!
 done
+trap 'kill "${watched[@]}" 2>/dev/null || true' EXIT # Ctrl-C does not reach them
 
 parallel=()
 "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 12 -p no:benchmark) # of which pytest-benchmark complains

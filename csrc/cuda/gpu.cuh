@@ -155,8 +155,8 @@ __device__ inline void send([[maybe_unused]] double& shared, [[maybe_unused]] in
       : "memory");
 #endif
 }
-// Acquires for this block, in whose own shared memory the numbers lie: for the cluster it would empty the L1 cache as well,
-// which took a tenth of all time.
+// Acquires for this block, in whose own shared memory the numbers lie. By the letter of PTX the scope is that of the sender,
+// the cluster; but that empties the L1 cache, too, which took a tenth of all time.
 __device__ inline void wait_for_arrivals([[maybe_unused]] Arrivals& arrivals, [[maybe_unused]] int turn) {
 #if __CUDA_ARCH__ >= 900
   uint32_t there = 0;

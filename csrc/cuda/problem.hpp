@@ -11,7 +11,7 @@ constexpr int kMostOfCluster = 8;  // blocks; what every GPU with clusters takes
 constexpr int kVectorBytes = 16;   // what a thread loads at once
 constexpr int kBatch = 4;          // so many times
 constexpr int kAhead = 3;          // batches on their way through shared memory
-constexpr int kLine = 8;           // vectors of a line of the cache: no part ends within one
+constexpr int kLine = 8;           // vectors of a line of the cache: parts of a row that begins with one do, too
 constexpr int kMaxAxes = 16;       // of rows that do not lie behind each other
 
 // The rows of one tensor: `steps` along each axis of rows, in elements.

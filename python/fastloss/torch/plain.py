@@ -44,18 +44,26 @@ def row_losses(logits: Tensor, target: Tensor, weight: Tensor | None, bias: Tens
         return times(own * weights * probabilities, gap).sum(-1) + smooth + square
     counts = target != ignore_index
     ids = torch.where(counts, target, 0)
+    picked = pick(gap, ids.unsqueeze(-1)).squeeze(-1)  # first: it raises for a negative id, too
     of_class = pick(weights, ids)
-    losses = times(own * of_class, pick(gap, ids.unsqueeze(-1)).squeeze(-1)) + of_class * square + smooth
+    losses = times(own * of_class, picked) + of_class * square + smooth
     return torch.where(counts, losses, 0)
 
 
 def pick(values: Tensor, ids: Tensor) -> Tensor:
-    """The numbers of these classes. NaN, and so are derivatives, for an id out of range, which a GPU must not look up."""
-    classes = values.shape[-1]
-    there = (ids >= 0) & (ids < classes)
-    places = torch.where(there, ids, 0).long()
-    picked = values[places] if values.ndim == 1 else values.gather(-1, places)
-    return picked * torch.where(there, values.new_ones(()), math.nan)
+    """The numbers of these classes; an id out of range raises IndexError, but on a GPU."""
+    return look_up_or_nan(values, ids) if ids.is_cuda else look_up(values, ids)
+
+
+def look_up(values: Tensor, ids: Tensor) -> Tensor:
+    """Numbers of one row, or of each row."""
+    return values[ids.long()] if values.ndim == 1 else values.gather(-1, ids.long())
+
+
+def look_up_or_nan(values: Tensor, ids: Tensor) -> Tensor:
+    """As `look_up`; NaN, and so are derivatives, for an id out of range: a GPU that meets one is lost to the process."""
+    there = (ids >= 0) & (ids < values.shape[-1])
+    return look_up(values, torch.where(there, ids, 0)) * torch.where(there, values.new_ones(()), math.nan)
 
 
 def times(factor: Tensor, gap: Tensor) -> Tensor:
