@@ -17,17 +17,14 @@ from transform_helpers import (  # noqa: E402
     FEATURES,
     FLOAT64,
     HEAD,
+    ON_EACH_DEVICE,
     TOKENS,
     compiled,
     each_function,
     example,
 )
 
-pytestmark = [
-    # torch.compile and forward mode use what PyTorch itself has deprecated.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.usefixtures("device", "compiled_afresh"),
-]
+pytestmark = ON_EACH_DEVICE
 
 
 @each_function

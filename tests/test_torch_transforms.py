@@ -16,6 +16,7 @@ from transform_helpers import (  # noqa: E402
     CLASSES,
     FEATURES,
     FLOAT64,
+    ON_EACH_DEVICE,
     TOKENS,
     compiled,
     each_function,
@@ -24,11 +25,7 @@ from transform_helpers import (  # noqa: E402
     linear,
 )
 
-pytestmark = [
-    # torch.compile and forward mode use what PyTorch itself has deprecated.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.usefixtures("device", "compiled_afresh"),
-]
+pytestmark = ON_EACH_DEVICE
 
 
 # ---- torch.func, and torch.compile around it ----

@@ -11,6 +11,11 @@ from torch_helpers import seeded, seeded_ids, seeded_probabilities
 TOKENS, CLASSES, FEATURES = 4, 5, 3
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
 BACKENDS = ("eager", "aot_eager", "inductor")
+ON_EACH_DEVICE = [
+    # torch.compile and forward mode use what PyTorch itself has deprecated.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("device", "compiled_afresh"),
+]
 
 
 def compiled(function, backend="aot_eager", **options):

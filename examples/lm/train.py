@@ -42,7 +42,7 @@ def train(name: str, config: Config, out: Path) -> None:
     warm_up = min(WARM_UP, config.steps - 1)
     standing = 0
     figures = TextColumn("{task.fields[figures]}")
-    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), figures) as progress:
+    with Progress("{task.description}", BarColumn(8), MofNCompleteColumn(), TimeRemainingColumn(), figures) as progress:
         task = progress.add_task(f"{name:14s}", total=config.steps, figures="compiling" if name == "compile" else "")
         for step in range(config.steps):
             if step == warm_up:
@@ -116,4 +116,4 @@ def _rate(step: int, steps: int) -> float:
 def _figures(losses: list[float], times: list[float], tokens: int) -> str:
     recent = statistics.fmean(losses[-10:])
     speed = tokens / statistics.median(times[-10:])
-    return f"loss {recent:6.3f}  perplexity {math.exp(min(recent, 20)):9.1f}  {speed:6.0f} tokens/s"
+    return f"loss {recent:6.3f}  ppl {math.exp(min(recent, 20)):8.1f}  {speed:5.0f} tok/s"  # 80 columns in all

@@ -52,9 +52,9 @@ def _forward(
     saved = hidden.new_zeros((tokens, _cpu.SAVED_FIELDS), dtype=torch.float64)
     scale = hidden.new_empty((), dtype=torch.float64)
     loss = hidden.new_empty((), dtype=sums)
-    numbers = hidden.new_empty(0)
-    if sampler is not None:
-        numbers = torch.arange(tokens, device=hidden.device) if order is None else order.numbers()
+    numbers = None if order is None else order.tokens
+    if numbers is None and sampler is not None:
+        numbers = torch.arange(tokens, device=hidden.device)
 
     def reduce(losses: Tensor | None) -> None:
         room = hidden.new_empty(_cuda.REDUCTION_BYTES, dtype=torch.uint8)
@@ -70,7 +70,7 @@ def _forward(
         grad = ops.describe(logits, task.options.dim) if any(wanted) else None
         loss_of_tokens = (losses[chunk].data_ptr(), reduction != NONE)
         _cuda.cross_entropy_chunk(call, scale.data_ptr(), *loss_of_tokens, rows.data_ptr(), grad, room.data_ptr(), *where)
-        if sampler is not None:
+        if sampler is not None and numbers is not None:
             sampler.sample(call, rows, numbers[chunk], where)
 
     if any(wanted) or reduction == NONE:

@@ -87,27 +87,23 @@ class Order:
         """Takes a bool for each token; `always` puts those that count first whatever other calls did."""
         expected, self._count = _expected(counts)  # the GPU has the rest to do while the number is on its way
         self._ignored = ~counts
-        self._tokens: Tensor | None = None
+        self.tokens: Tensor | None = None  # their numbers, None in their own order
         if always or expected:
-            self._tokens = self._ignored.to(torch.uint8).argsort(stable=True)
+            self.tokens = self._ignored.to(torch.uint8).argsort(stable=True)
             self._ignored = self.apply(self._ignored)
-
-    def numbers(self) -> Tensor:
-        """Those of the tokens, in this order."""
-        return torch.arange(len(self._ignored), device=self._ignored.device) if self._tokens is None else self._tokens
 
     def apply(self, rows: Tensor) -> Tensor:
         """Rows in this order."""
-        return rows if self._tokens is None else rows.index_select(0, self._tokens)
+        return rows if self.tokens is None else rows.index_select(0, self.tokens)
 
     def apply_to_hidden(self, hidden: Tensor) -> Tensor:
         """As `apply`, in memory of its own; zeros for ignored tokens, whose hidden states may hold anything."""
         ignored = self._ignored[:, None]
-        return hidden.masked_fill(ignored, 0) if self._tokens is None else self.apply(hidden).masked_fill_(ignored, 0)
+        return hidden.masked_fill(ignored, 0) if self.tokens is None else self.apply(hidden).masked_fill_(ignored, 0)
 
     def undo(self, rows: Tensor) -> Tensor:
         """Rows at the places of their tokens again."""
-        return rows if self._tokens is None else torch.empty_like(rows).index_copy_(0, self._tokens, rows)
+        return rows if self.tokens is None else torch.empty_like(rows).index_copy_(0, self.tokens, rows)
 
     def counted(self) -> int:
         """The first so many tokens hold all that count, as far as anybody asks."""
