@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <new>
 
 #include "layout.hpp"
 #include "numerics.hpp"
@@ -73,7 +74,8 @@ class Call {
   void row_gradient(const Rows& rows, int r, const SavedRows& saved, double upstream, GradientRow* out, double* g) const {
     if (rows.ignored[r]) return;
     const int64_t row = rows.first + r;
-    out[r] = cross_entropy_gradient(options_, classes_, saved[row], row_weight(row), soft_, upstream);
+    // Made in its place: a copy of numbers that were just written would wait for them.
+    new (&out[r]) GradientRow(cross_entropy_gradient(options_, classes_, saved[row], row_weight(row), soft_, upstream));
     out[r].block_max = saved.block_max(row);
     if (!soft_) g[r] = upstream * row_weight(row) * (1.0 - options_.label_smoothing);
   }

@@ -118,20 +118,16 @@ FASTLOSS_HD inline typename O::V::Reg load_at(const T* panel, int at) {
   return O::V::load(panel + at * O::kRows);
 }
 
-// The first class with the maximum of its row.
-template <class O>
-inline void first_of_max(const typename O::T* z, int n, const typename O::T* max, typename O::T* out) {
-  using V = typename O::V;
-  typename O::T lane[V::kWidth];
-  for (int j = 0; j < V::kWidth; ++j) lane[j] = O::kClasses == 1 ? 0 : j;
-  const auto top = O::per_row(max), offset = V::load(lane);
-  auto first = V::set(n);
-  for (int at = (n - 1) / O::kClasses * O::kClasses; at >= 0; at -= O::kClasses) {
-    first = V::select_greater(top, load_at<O>(z, at), first, V::add(V::set(at), offset));
+// The first class with the maximum of a row without NaN.
+template <class V>
+inline int first_of_max(const typename V::T* z, int n, typename V::T max) {
+  constexpr uint32_t kAll = (uint64_t{1} << V::kWidth) - 1;
+  const auto top = V::set(max);
+  for (int at = 0; at < n; at += V::kWidth) {
+    const uint32_t below = V::mask_greater(top, V::load(z + at));
+    if (below != kAll) return at + __builtin_ctz(~below);
   }
-  V::store(lane, first);
-  for (int r = 0; r < O::kRows; ++r) out[r] = lane[r];
-  for (int j = O::kRows; j < V::kWidth; ++j) out[0] = lane[j] < out[0] ? lane[j] : out[0];
+  return n;
 }
 
 // Of the time for a block its maximum takes one share and its exponentials the others.
@@ -152,19 +148,13 @@ inline void widen_with_max(const T* x, int n, Ahead& ahead, typename O::T* z, ty
   using V = typename O::V;
   const auto lowest = -static_cast<typename O::T>(__builtin_huge_val());
   Lanes<O> top(lowest);
+  const auto take = [&](int at, int k, typename V::Reg reg) {
+    V::store(z + at, reg);
+    top.reg[k] = V::max(reg, top.reg[k]);
+  };
   const int whole = n / kLanes * kLanes;
-  for_registers<O>(
-      whole, [&] { ahead.fetch(1, kShares); },
-      [&](int at, int k) {
-        const auto reg = V::load(x + at);
-        V::store(z + at, reg);
-        top.reg[k] = V::max(reg, top.reg[k]);
-      });
-  if (whole < n) {
-    widen_run<V>(x + whole, n - whole, z + whole);
-    for (int j = n; j < O::padded(n); ++j) z[j] = lowest;
-    for_registers_from<O>(whole, n, [] {}, [&](int at, int k) { top.reg[k] = V::max(V::load(z + at), top.reg[k]); });
-  }
+  for_registers<O>(whole, [&] { ahead.fetch(1, kShares); }, [&](int at, int k) { take(at, k, V::load(x + at)); });
+  for_registers_from<O>(whole, n, [] {}, [&](int at, int k) { take(at, k, V::load_first(x + at, n - at, V::set(lowest))); });
   top.reduce(V::max, max);
 }
 
@@ -194,37 +184,35 @@ struct PanelSums {
 };
 
 // sum e without the first class of the maximal logit, whose 1 would round the others away. In one row, that class touches one
-// virtual lane, which is added up again; rows side by side have their top classes in lanes of their own, and take all of them.
+// register of the virtual lanes, which is added up again; rows side by side have their top classes in lanes of their own, and
+// take all of them.
 template <class O>
 inline void sums_of_others(const typename O::T* z, int n, const typename O::T* max, const Lanes<O>& sums, PanelSums<O>& out) {
   using V = typename O::V;
-  using A = typename O::T;
-  const auto power = [&](const A* x, int at) {
-    const BegunExp<V> begun = begin_exp<O>(x, at, O::per_row(max));
+  const auto reference = O::per_row(max);
+  const auto power = [&](int at) {
+    const BegunExp<V> begun = begin_exp<O>(z, at, reference);
     return exp_shifted<V>(begun.x, begun.shifted);
   };
-  A first[O::kRows];
-  first_of_max<O>(z, n, max, first);
   Lanes<O> others(0);
   if constexpr (O::kRows > 1) {
-    const auto tops = O::per_row(first);
+    auto first = V::set(n);
+    for (int at = n - 1; at >= 0; --at) first = V::select_greater(reference, load_at<O>(z, at), first, V::set(at));
     for_registers<O>(
         n, [] {},
         [&](int at, int k) {
-          const auto e = V::zero_where_zero(power(z, at), V::sub(tops, V::set(at)));
-          others.reg[k] = V::add(others.reg[k], e);
+          others.reg[k] = V::add(others.reg[k], V::zero_where_zero(power(at), V::sub(first, V::set(at))));
         });
   } else {
-    const int top = static_cast<int>(*first), lane = top % kLanes, steps = (n - lane + kLanes - 1) / kLanes;
-    A e[kBlock / kLanes], of_lanes[kLanes];
-    V::store(e + (steps - 1) / V::kWidth * V::kWidth, V::set(-__builtin_huge_val()));
-    for (int i = 0; i < steps; ++i) e[i] = z[lane + i * kLanes];
-    for (int i = 0; i < steps; i += V::kWidth) V::store(e + i, power(e, i));
-    e[top / kLanes] = 0;
-    for (int k = 0; k < Lanes<O>::kRegs; ++k) V::store(of_lanes + k * V::kWidth, sums.reg[k]);
-    of_lanes[lane] = 0;
-    for (int i = 0; i < steps; ++i) of_lanes[lane] += e[i];
-    for (int k = 0; k < Lanes<O>::kRegs; ++k) others.reg[k] = V::load(of_lanes + k * V::kWidth);
+    typename O::T offset[V::kWidth];
+    for (int j = 0; j < V::kWidth; ++j) offset[j] = j;
+    const auto offsets = V::load(offset);
+    const int top = first_of_max<V>(z, n, *max), lanes = top % kLanes / V::kWidth;
+    auto again = V::set(0);
+    for (int at = lanes * V::kWidth; at < n; at += kLanes) {
+      again = V::add(again, V::zero_where_zero(power(at), V::sub(V::set(top - at), offsets)));
+    }
+    for (int k = 0; k < Lanes<O>::kRegs; ++k) others.reg[k] = k == lanes ? again : sums.reg[k];
   }
   others.sum(out.others);
 }

@@ -157,10 +157,8 @@ void finish(const Pass& pass, const Tile& logits, int rows, const Partials& part
     Tile row = logits;
     with_storage(logits.dtype,
                  [&](auto tag) { row.data = reinterpret_cast<char*>(element<typename decltype(tag)::Type>(logits, r, 0)); });
-    const A max = static_cast<A>(s.max);
-    A first;
-    first_of_max<Along<V>>(stage_logits<Along<V>>(pass, row, 1, top, scratch).z, block_length(pass.classes, top), &max, &first);
-    s.argmax = top * kBlock + static_cast<int64_t>(first);
+    const A* z = stage_logits<Along<V>>(pass, row, 1, top, scratch).z;
+    s.argmax = top * kBlock + first_of_max<V>(z, block_length(pass.classes, top), static_cast<A>(s.max));
   }
 }
 

@@ -25,6 +25,10 @@ struct Avx2F32 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
   static Reg load(const F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  template <class T>
+  static Reg load_first(const T* p, int n, Reg behind) {
+    return load_first_of_copy<Avx2F32>(p, n, behind);
+  }
   static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
   static void stream(float* p, Reg x) { _mm256_stream_ps(p, x); }
   static void fence() { _mm_sfence(); }
@@ -94,6 +98,7 @@ struct Avx2F64 {
   static Reg set(T x) { return _mm256_set1_pd(x); }
   static T first(Reg a) { return _mm256_cvtsd_f64(a); }
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
+  static Reg load_first(const double* p, int n, Reg behind) { return load_first_of_copy<Avx2F64>(p, n, behind); }
   static void store(double* p, Reg x) { _mm256_storeu_pd(p, x); }
   static void stream(double* p, Reg x) { _mm256_stream_pd(p, x); }
   static void fence() { _mm_sfence(); }

@@ -20,11 +20,15 @@ struct Avx512F32 {
   static Reg set(T x) { return _mm512_set1_ps(x); }
   static T first(Reg a) { return _mm512_cvtss_f32(a); }
   static Reg load(const float* p) { return _mm512_loadu_ps(p); }
-  static Reg load(const BF16* p) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-  }
+  static Reg load(const BF16* p) { return widen_bf16s(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static Reg load(const F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Reg load_first(const float* p, int n, Reg behind) { return _mm512_mask_loadu_ps(behind, first_lanes(n), p); }
+  static Reg load_first(const BF16* p, int n, Reg behind) {
+    return _mm512_mask_mov_ps(behind, first_lanes(n), widen_bf16s(_mm256_maskz_loadu_epi16(first_lanes(n), p)));
+  }
+  static Reg load_first(const F16* p, int n, Reg behind) {
+    return _mm512_mask_cvtph_ps(behind, first_lanes(n), _mm256_maskz_loadu_epi16(first_lanes(n), p));
+  }
   static void store(float* p, Reg x) { _mm512_storeu_ps(p, x); }
   static void stream(float* p, Reg x) { _mm512_stream_ps(p, x); }
   static void fence() { _mm_sfence(); }
@@ -70,6 +74,8 @@ struct Avx512F32 {
   }
 
  private:
+  static __mmask16 first_lanes(int n) { return n < kWidth ? (1u << n) - 1 : 0xffff; }
+  static Reg widen_bf16s(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   static __m256i to_bf16s(Reg x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -91,6 +97,9 @@ struct Avx512F64 {
   static Reg set(T x) { return _mm512_set1_pd(x); }
   static T first(Reg a) { return _mm512_cvtsd_f64(a); }
   static Reg load(const double* p) { return _mm512_loadu_pd(p); }
+  static Reg load_first(const double* p, int n, Reg behind) {
+    return _mm512_mask_loadu_pd(behind, n < kWidth ? (1u << n) - 1 : 0xff, p);
+  }
   static void store(double* p, Reg x) { _mm512_storeu_pd(p, x); }
   static void stream(double* p, Reg x) { _mm512_stream_pd(p, x); }
   static void fence() { _mm_sfence(); }

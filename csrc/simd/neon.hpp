@@ -22,6 +22,10 @@ struct NeonF32 {
   static Reg load(const float* p) { return vld1q_f32(p); }
   static Reg load(const BF16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
   static Reg load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+  template <class T>
+  static Reg load_first(const T* p, int n, Reg behind) {
+    return load_first_of_copy<NeonF32>(p, n, behind);
+  }
   static void store(float* p, Reg x) { vst1q_f32(p, x); }
   template <class T>
   static void stream(T* p, Reg x) {  // NEON has no streaming stores
@@ -85,6 +89,7 @@ struct NeonF64 {
   static Reg set(T x) { return vdupq_n_f64(x); }
   static T first(Reg a) { return vgetq_lane_f64(a, 0); }
   static Reg load(const double* p) { return vld1q_f64(p); }
+  static Reg load_first(const double* p, int n, Reg behind) { return load_first_of_copy<NeonF64>(p, n, behind); }
   static void store(double* p, Reg x) { vst1q_f64(p, x); }
   static void stream(double* p, Reg x) { vst1q_f64(p, x); }
   static void fence() {}

@@ -86,6 +86,16 @@ FASTLOSS_HD inline F16 narrow<F16>(double x) {
   return to_f16(static_cast<float>(x));
 }
 
+// load_first of a vector type that has no masks.
+template <class V, class T>
+inline typename V::Reg load_first_of_copy(const T* p, int n, typename V::Reg behind) {
+  if (n >= V::kWidth) return V::load(p);
+  typename V::T lane[V::kWidth];
+  V::store(lane, behind);
+  for (int i = 0; i < n; ++i) lane[i] = widen(p[i]);
+  return V::load(lane);
+}
+
 // 2^(i/8), less i in the bits that k << 20 adds: the bits of 2^(k/8) are kEighths[k % 8] + (k << 20).
 constexpr uint32_t kEighths[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                   0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
@@ -116,6 +126,11 @@ struct ScalarF32 {
   FASTLOSS_HD static Reg load(const float* p) { return *p; }
   FASTLOSS_HD static Reg load(const BF16* p) { return widen(*p); }
   FASTLOSS_HD static Reg load(const F16* p) { return widen(*p); }
+  // The first n elements, or all that a register holds; what lies behind them is not touched, and comes from `behind`.
+  template <class T>
+  FASTLOSS_HD static Reg load_first(const T* p, int n, Reg behind) {
+    return n > 0 ? load(p) : behind;
+  }
   FASTLOSS_HD static void store(float* p, Reg x) { *p = x; }
   // Past the caches, to a place aligned to what is written; fence() ends a run of them.
   template <class T>
@@ -157,6 +172,7 @@ struct ScalarF64 {
   FASTLOSS_HD static Reg set(T x) { return x; }
   FASTLOSS_HD static T first(Reg a) { return a; }
   FASTLOSS_HD static Reg load(const double* p) { return *p; }
+  FASTLOSS_HD static Reg load_first(const double* p, int n, Reg behind) { return n > 0 ? *p : behind; }
   FASTLOSS_HD static void store(double* p, Reg x) { *p = x; }
   FASTLOSS_HD static void stream(double* p, Reg x) { *p = x; }
   FASTLOSS_HD static void fence() {}
