@@ -13,6 +13,7 @@
 namespace fastloss {
 namespace {
 
+constexpr int64_t kRowElements = 256;           // what a row takes besides its classes, as many more of them would
 constexpr int64_t kSerialElements = 32 * 1024;  // below, waking a thread costs more than it brings
 constexpr int64_t kTaskElements = 64 * 1024;    // what one task should hold at least
 constexpr int64_t kTasksOfLarge = 16;           // tasks a thread in a large call: long stretches of memory, see below
@@ -39,6 +40,10 @@ void* powers_room(size_t bytes) {
   thread_local Room<char> room;
   return room.of(bytes);
 }
+
+int64_t elements(int64_t rows, int64_t classes) { return rows * (classes + kRowElements); }
+
+int threads_for(int64_t rows, int64_t classes) { return elements(rows, classes) < kSerialElements ? 1 : get_num_threads(); }
 
 bool adjacent(const Tensor& t) { return !t || t.strides[t.axis] == 1 || t.shape[t.axis] == 1; }
 
@@ -85,7 +90,7 @@ class Run {
         layout_(sweep.logits, sweep.soft, sweep.grad),
         tiling_(layout_, rows, sweep.logits, sweep.grad),
         blocks_(divided(sweep.pass.classes, kBlock)),
-        threads_(rows * sweep.pass.classes < kSerialElements ? 1 : get_num_threads()),
+        threads_(threads_for(rows, sweep.pass.classes)),
         split_(threads_ > 1 && blocks_ > 1 && tiling_.count() < threads_ * kTasksPerThread && !s_.sampled) {}
 
   void run() {
@@ -95,7 +100,7 @@ class Run {
     }
     // Threads that write to one huge page at the same time both fault it in, and each clears a page of its own for it: so a
     // task is as long a stretch of rows as leaves each thread enough tasks to even out.
-    const int64_t least = kTaskElements / (tiling_.rows_per_tile() * s_.pass.classes);
+    const int64_t least = kTaskElements / elements(tiling_.rows_per_tile(), s_.pass.classes);
     const int64_t grain = std::max<int64_t>({1, least, tiling_.count() / (threads_ * kTasksOfLarge)});
     parallel_for(divided(tiling_.count(), grain), threads_, [&](int64_t task) {
       thread_local TileWork work;
@@ -269,7 +274,7 @@ void write_soft_gradient(const Pass& pass, const Tensor& logits, const Tensor& o
   if (rows == 0) return;
   const RowLayout layout(logits, {}, out);
   const Tiling tiling(layout, rows, logits, out);
-  const int threads = rows * pass.classes < kSerialElements ? 1 : get_num_threads();
+  const int threads = threads_for(rows, pass.classes);
   parallel_for(tiling.count(), threads, [&](int64_t tile) {
     RowStats stats[kTileRows];
     double scale[kTileRows];
