@@ -187,7 +187,7 @@ struct PanelSums {
 // register of the virtual lanes, which is added up again; rows side by side have their top classes in lanes of their own, and
 // take all of them.
 template <class O>
-inline void sums_of_others(const typename O::T* z, int n, const typename O::T* max, const Lanes<O>& sums, PanelSums<O>& out) {
+inline void sums_of_others(const typename O::T* z, int n, const typename O::T* max, Lanes<O> sums, PanelSums<O>& out) {
   using V = typename O::V;
   const auto reference = O::per_row(max);
   const auto power = [&](int at) {
