@@ -75,7 +75,7 @@ inline void write_panel(const GradientTerms<O>& terms, const In* in, int n, Ahea
       V::store(out + i * O::kRows, g);
     }
   };
-  const auto fetch = [&] { ahead.fetch(1, 1); };
+  const auto fetch = [&] { ahead.fetch<typename O::T>(Ahead::kShares); };
   const int whole = n / O::kClasses * O::kClasses;
   if constexpr (kFrom == From::kPowers) {
     for_registers<O>(whole, fetch, [&](int i, int) { write(i, formula.of_power(load_at<O>(in, i))); });

@@ -29,23 +29,32 @@ struct Lanes {
   static constexpr int kRegs = kLanes / O::kClasses;
   Reg reg[kRegs];
 
-  explicit Lanes(typename V::T start) {
-    for (int k = 0; k < kRegs; ++k) reg[k] = V::set(start);
+  // For a panel of n classes: few of them, one a register, touch some of the registers alone.
+  Lanes(typename V::T start, int n) {
+    for (int k = 0; k < touched(n); ++k) reg[k] = V::set(start);
   }
 
-  // Lane i takes in lane i + half, then half of half, down to one.
+  // Lane i takes in lane i + half, then half of half, down to one. Lanes that no class touches hold the start, and are taken in
+  // at the first step alone: again they would change nothing.
   template <class Merge>
-  void reduce(Merge merge, typename V::T* out) const {
+  void reduce(Merge merge, typename V::T start, int n, typename V::T* out) const {
     Reg r[kRegs / 2];
-    for (int k = 0; k < kRegs / 2; ++k) r[k] = merge(reg[k], reg[k + kRegs / 2]);
+    if constexpr (O::kRows == 1) {
+      for (int k = 0; k < kRegs / 2; ++k) r[k] = merge(reg[k], reg[k + kRegs / 2]);
+    } else {
+      for (int k = 0; k < kRegs / 2 && k < touched(n); ++k) {
+        r[k] = merge(reg[k], k + kRegs / 2 < touched(n) ? reg[k + kRegs / 2] : V::set(start));
+      }
+    }
 #pragma GCC unroll 8
     for (int half = kRegs / 4; half >= 1; half /= 2) {
-      for (int k = 0; k < half; ++k) r[k] = merge(r[k], r[k + half]);
+      const int pairs = O::kRows == 1 || touched(n) >= 2 * half ? half : touched(n) - half;
+      for (int k = 0; k < pairs; ++k) r[k] = merge(r[k], r[k + half]);
     }
     O::store_per_row(out, halve<O::kClasses / 2>(r[0], merge));
   }
 
-  void sum(typename V::T* out) const { reduce(V::add, out); }
+  void sum(int n, typename V::T* out) const { reduce(V::add, 0, n, out); }
 
  private:
   template <int kHalf, class Merge>
@@ -56,6 +65,8 @@ struct Lanes {
       return halve<kHalf / 2>(merge(r, V::template shift_down<kHalf>(r)), merge);
     }
   }
+
+  static int touched(int n) { return O::kRows == 1 || n > kRegs ? kRegs : n; }
 };
 
 // Calls step(at, k) for each register of a panel of n classes: `at` is its first class, `k` its place in the virtual lanes.
@@ -70,7 +81,11 @@ inline void for_registers_from(int i, int n, Group group, Step step) {
   }
 #pragma GCC unroll 16
   for (int k = 0; k < Lanes<O>::kRegs; ++k) {
-    if (i + k * O::kClasses < n) step(i + k * O::kClasses, k);
+    if (i + k * O::kClasses < n) {
+      step(i + k * O::kClasses, k);
+    } else if (O::kRows > 1) {
+      break;
+    }
   }
 }
 
@@ -131,15 +146,17 @@ inline int first_of_max(const typename V::T* z, int n, typename V::T max) {
 }
 
 // Of the time for a block its maximum takes one share and its exponentials the others.
-constexpr int kShares = 4;
+constexpr int kMaxShares = 1, kExpShares = Ahead::kShares - kMaxShares;
 
 template <class O>
 inline void row_max(const typename O::T* z, int n, Ahead& ahead, typename O::T* out) {
   using V = typename O::V;
-  Lanes<O> top(-static_cast<typename O::T>(__builtin_huge_val()));
+  const auto lowest = -static_cast<typename O::T>(__builtin_huge_val());
+  Lanes<O> top(lowest, n);
   for_registers<O>(
-      n, [&] { ahead.fetch(1, kShares); }, [&](int at, int k) { top.reg[k] = V::max(load_at<O>(z, at), top.reg[k]); });
-  top.reduce(V::max, out);
+      n, [&] { ahead.fetch<typename O::T>(kMaxShares); },
+      [&](int at, int k) { top.reg[k] = V::max(load_at<O>(z, at), top.reg[k]); });
+  top.reduce(V::max, lowest, n, out);
 }
 
 // Widens one row of n adjacent classes to a panel, and takes its maximum on the way.
@@ -147,15 +164,16 @@ template <class O, class T>
 inline void widen_with_max(const T* x, int n, Ahead& ahead, typename O::T* z, typename O::T* max) {
   using V = typename O::V;
   const auto lowest = -static_cast<typename O::T>(__builtin_huge_val());
-  Lanes<O> top(lowest);
+  Lanes<O> top(lowest, n);
   const auto take = [&](int at, int k, typename V::Reg reg) {
     V::store(z + at, reg);
     top.reg[k] = V::max(reg, top.reg[k]);
   };
   const int whole = n / kLanes * kLanes;
-  for_registers<O>(whole, [&] { ahead.fetch(1, kShares); }, [&](int at, int k) { take(at, k, V::load(x + at)); });
+  for_registers<O>(
+      whole, [&] { ahead.fetch<typename O::T>(kMaxShares); }, [&](int at, int k) { take(at, k, V::load(x + at)); });
   for_registers_from<O>(whole, n, [] {}, [&](int at, int k) { take(at, k, V::load_first(x + at, n - at, V::set(lowest))); });
-  top.reduce(V::max, max);
+  top.reduce(V::max, lowest, n, max);
 }
 
 // The first half of exp(z - reference).
@@ -194,7 +212,7 @@ inline void sums_of_others(const typename O::T* z, int n, const typename O::T* m
     const BegunExp<V> begun = begin_exp<O>(z, at, reference);
     return exp_shifted<V>(begun.x, begun.shifted);
   };
-  Lanes<O> others(0);
+  Lanes<O> others(0, n);
   if constexpr (O::kRows > 1) {
     auto first = V::set(n);
     for (int at = n - 1; at >= 0; --at) first = V::select_greater(reference, load_at<O>(z, at), first, V::set(at));
@@ -214,7 +232,7 @@ inline void sums_of_others(const typename O::T* z, int n, const typename O::T* m
     }
     for (int k = 0; k < Lanes<O>::kRegs; ++k) others.reg[k] = k == lanes ? again : sums.reg[k];
   }
-  others.sum(out.others);
+  others.sum(n, out.others);
 }
 
 // sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x), which stays in `powers` with kKeep.
@@ -222,9 +240,9 @@ template <class O, bool kEntropy, bool kSquares, bool kKeep>
 inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, Ahead& ahead, typename O::T* powers,
                      PanelSums<O>& out) {
   using V = typename O::V;
-  Lanes<O> sum(0), sum_x(0), sum_sq(0);
+  Lanes<O> sum(0, n), sum_x(0, n), sum_sq(0, n);
   const auto reference = O::per_row(ref);
-  const auto fetch = [&] { ahead.fetch(kShares - 1, kShares); };
+  const auto fetch = [&] { ahead.fetch<typename O::T>(kExpShares); };
   const auto begin = [&](int at) { return begin_exp<O>(z, at, reference); };
   for_registers_in_flight<O>(n, fetch, begin, [&](int at, int k, const BegunExp<V>& begun) {
     const auto e = exp_shifted<V>(begun.x, begun.shifted);
@@ -233,12 +251,12 @@ inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, Ah
     if constexpr (kEntropy) sum_x.reg[k] = V::fma(e, begun.x, sum_x.reg[k]);
     if constexpr (kSquares) sum_sq.reg[k] = V::fma(e, e, sum_sq.reg[k]);
   });
-  sum.sum(out.sum);
+  sum.sum(n, out.sum);
   bool confident = false;
   for (int r = 0; r < O::kRows; ++r) confident |= is_confident(out.sum[r]);
   if (confident) sums_of_others<O>(z, n, ref, sum, out);
-  if constexpr (kEntropy) sum_x.sum(out.sum_x);
-  if constexpr (kSquares) sum_sq.sum(out.sum_sq);
+  if constexpr (kEntropy) sum_x.sum(n, out.sum_x);
+  if constexpr (kSquares) sum_sq.sum(n, out.sum_sq);
 }
 
 // sum w (z - ref) and sum w, or with q: sum w q (z - ref) and sum w q. A weight of 0 counts nothing, even where z is -inf.
@@ -246,7 +264,7 @@ template <class O, bool kSoft>
 inline void weighted_sums(const typename O::T* z, const typename O::T* w, const typename O::T* q, int n,
                           const typename O::T* ref, typename O::T* weighted, typename O::T* weight) {
   using V = typename O::V;
-  Lanes<O> sum(0), total(0);
+  Lanes<O> sum(0, n), total(0, n);
   const auto reference = O::per_row(ref);
   for_registers<O>(
       n, [] {},
@@ -257,8 +275,8 @@ inline void weighted_sums(const typename O::T* z, const typename O::T* w, const 
         sum.reg[k] = V::fma(factor, x, sum.reg[k]);
         total.reg[k] = V::add(total.reg[k], factor);
       });
-  sum.sum(weighted);
-  total.sum(weight);
+  sum.sum(n, weighted);
+  total.sum(n, weight);
 }
 
 template <class V>

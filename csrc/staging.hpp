@@ -208,26 +208,28 @@ inline void store_tile(const typename O::T* z, int64_t panel_size, int64_t first
 // Memory that is read a while later, fetched bit by bit while arithmetic leaves the memory idle.
 class Ahead {
  public:
-  // What lies this far behind a block of one row of adjacent classes; of other blocks, nothing.
+  // What lies this far behind a block of one row of adjacent classes; of other blocks, nothing new.
   Ahead(const Tile& logits, int rows, int64_t block) {
     if (rows > 1 || logits.class_step != 1) return;
     const int itemsize = with_storage(logits.dtype, [](auto tag) { return int(sizeof(typename decltype(tag)::Type)); });
     at_ = logits.data + block * kBlock * itemsize + kBytes;
-    step_ = kLanes * itemsize;
+    share_ = kLanes * itemsize / kShares;
   }
   Ahead() = default;
 
-  // What follows for another kLanes classes, or this share of it.
-  void fetch(int numerator, int denominator) {
-    const int step = step_ * numerator / denominator;
-    for (int byte = 0; byte < step; byte += 64) __builtin_prefetch(at_ + byte);
-    at_ += step;
+  // So many shares of what follows for another kLanes classes, each of them at most as wide as A: without a branch.
+  static constexpr int kShares = 4;
+  template <class A>
+  void fetch(int shares) {
+#pragma GCC unroll 8
+    for (int line = 0; line < shares * int(kLanes * sizeof(A)) / kShares / 64; ++line) __builtin_prefetch(at_ + 64 * line);
+    at_ += shares * share_;
   }
 
  private:
   static constexpr int kBytes = 1 << 14;
-  const char* at_ = nullptr;
-  int step_ = 0;
+  const char* at_ = reinterpret_cast<const char*>(this);  // a place in the caches
+  int share_ = 0;
 };
 
 FASTLOSS_HD inline bool is_identity(const Transform& t) {
