@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -130,14 +130,18 @@ def _growth(rows: list[Row]) -> Figure:
     return figure
 
 
+def _shape(shape: Sequence[int]) -> str:
+    return "\nx ".join((f"{shape[0]} x {shape[1]}", *map(str, shape[2:])))
+
+
 def _small(rows: list[Row]) -> Figure:
-    figure, axes = plt.subplots(figsize=(9, 4))
+    figure, axes = plt.subplots(figsize=(10, 4.5))
     light, dark = COLOURS["fastloss in place"], COLOURS["fastloss"]
     shown = {}
     for operation, colour in (("forward", light), ("forward + backward", dark)):
         of_operation = [row for row in rows if row["operation"] == operation and row["ratio"]]
         shown[operation] = [row["ratio"] for row in of_operation]
-        labels = [f"{row['shape'][0]} x {row['shape'][1]}" for row in of_operation]
+        labels = [_shape(row["shape"]) for row in of_operation]
         axes.plot(labels, shown[operation], "o-", color=colour, label=operation)
     for place, pair in enumerate(zip(*shown.values(), strict=True)):
         for ratio, side in ((max(pair), 7), (min(pair), -13)):
@@ -145,10 +149,10 @@ def _small(rows: list[Row]) -> Figure:
     axes.axhline(1, color="#000000", linewidth=1, linestyle=(0, (4, 2)))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("time of fastloss / time of PyTorch eager")
-    axes.set_xlabel("rows x classes, float32")
+    axes.set_xlabel("shape of the logits, float32: classes come second")
     axes.grid(axis="y")
     axes.legend()
-    figure.suptitle("Small inputs: below the line fastloss is faster", x=0.01, ha="left")
+    figure.suptitle("Small inputs and few classes: below the line fastloss is faster", x=0.01, ha="left")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     return figure
 

@@ -59,11 +59,8 @@ for tool in memcheck racecheck; do
   result=0
   wait "${watched[$tool]}" || result=$?
   tail -n 40 "build/gpu/$tool.log"
-  case $result in
-    0) ;;
-    124) echo "not done within its time: says nothing" ;;
-    *) status=$result ;;
-  esac
+  [ "$result" -ne 124 ] || echo "not done within its time"
+  [ "$result" -eq 0 ] || status=$result
 done
 
 step "benchmark"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small inputs, where the cost of a call decides."""
+"""Small inputs and rows of few classes, where the cost of a call or of a row decides."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..settings import Settings
 from ..timing import interleave_repeated
 
 SIZES = ((8, 10), (32, 100), (1024, 100), (4096, 100), (64, 1000), (128, 1000), (256, 2000), (128, 8000), (256, 16000))
+FEW_CLASSES = ((4096, 32), (4, 5, 256, 256), (4, 21, 256, 256))  # without a goal
 NEVER_SLOWER_FROM = (128, 1000)  # rows and classes
 OPERATIONS = {"loss": "forward", "gradient": "forward + backward"}
 
@@ -21,7 +22,7 @@ def measure(settings: Settings) -> Section:
     """Microseconds a call, forward only and forward with backward, against eager."""
     section = Section("small", "small inputs")
     names = [name for name in ("fastloss", "torch eager") if name in settings.peers]
-    for shape in SIZES:
+    for shape in SIZES + FEW_CLASSES:
         case = Case(shape, "float32")
         for operation, label in OPERATIONS.items():
             jobs: dict[str, Job] = {}
@@ -40,7 +41,7 @@ def measure(settings: Settings) -> Section:
         "small inputs, float32",
         section.rows,
         [
-            ("shape", lambda r: f"{r['shape'][0]} x {r['shape'][1]}"),
+            ("shape", lambda r: " x ".join(map(str, r["shape"]))),
             ("", lambda r: r["operation"]),
             ("fastloss us", lambda r: number(r.get("fastloss us"))),
             ("eager us", lambda r: number(r.get("torch eager us"))),
@@ -50,7 +51,7 @@ def measure(settings: Settings) -> Section:
     return section
 
 
-def _add_goal(section: Section, shape: tuple[int, int], label: str, ratio: float | None) -> None:
+def _add_goal(section: Section, shape: tuple[int, ...], label: str, ratio: float | None) -> None:
     what = f"fastloss / eager, {label}, {shape[0]} x {shape[1]}"
     if shape == SIZES[0]:
         section.goals.append(Goal(what, ratio, 1.5, False))
