@@ -13,7 +13,7 @@
 namespace fastloss {
 namespace {
 
-constexpr int64_t kRowElements = 256;           // what a row takes besides its classes, as many more of them would
+constexpr int64_t kRowElements = 256;           // the cost of a row besides its classes, counted in classes
 constexpr int64_t kSerialElements = 32 * 1024;  // below, waking a thread costs more than it brings
 constexpr int64_t kTaskElements = 64 * 1024;    // what one task should hold at least
 constexpr int64_t kTasksOfLarge = 16;           // tasks a thread in a large call: long stretches of memory, see below

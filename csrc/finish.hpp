@@ -8,7 +8,7 @@
 namespace fastloss {
 namespace {
 
-// Merges the partials of whole rows. `argmax` is set to the first block with the maximum.
+// Merges the partials of whole rows. If it is wanted, `argmax` is set to the first block with the maximum.
 template <class V>
 void finish_rows(const Pass& pass, const Partials& partials, int rows, RowStats* stats) {
   const int64_t blocks = block_count(pass);
@@ -25,8 +25,11 @@ void finish_rows(const Pass& pass, const Partials& partials, int rows, RowStats*
     for (int64_t b = 0; b < blocks; ++b) {
       const auto block_max = part(b, kMax), sum = part(b, kSum);
       const auto shift = V::sub(finite_references<V>(block_max), max);
-      const auto smaller = V::zero_where_zero(exp_clamped<V>(clamp_exponent<V>(V::sub(block_max, max))), sum);
-      const auto scale = V::select_greater(max, block_max, smaller, one);
+      auto scale = one;
+      if (blocks > 1) {
+        const auto smaller = V::zero_where_zero(exp_clamped<V>(clamp_exponent<V>(V::sub(block_max, max))), sum);
+        scale = V::select_greater(max, block_max, smaller, one);
+      }
       const auto from_top = V::abs(V::sub(V::set(static_cast<double>(b)), top));
       top_sum = V::select_greater(one, from_top, sum, top_sum);
       top_rest = V::select_greater(one, from_top, part(b, kRest), top_rest);
@@ -68,7 +71,9 @@ void finish_rows(const Pass& pass, const Partials& partials, int rows, RowStats*
     }
     double lane[V::kWidth];
     V::store(lane, top);
-    for (int r = 0; r < V::kWidth && row + r < rows; ++r) stats[row + r].argmax = static_cast<int64_t>(lane[r]);
+    for (int r = 0; r < V::kWidth && row + r < rows && (pass.want & kWantArgmax); ++r) {
+      stats[row + r].argmax = static_cast<int64_t>(lane[r]);
+    }
   }
 }
 

@@ -105,7 +105,7 @@ struct RowStats {
   double weight;       // sum w
   double soft;         // sum w q (z - max)
   double soft_weight;  // sum w q
-  int64_t argmax;      // first class of the maximal logit; -1 unless kWantArgmax, and where rest is NaN
+  int64_t argmax;      // first class of the maximal logit; -1 where rest is NaN
 };
 
 // What the backward needs of a row besides the logits; `mass` is the factor of log-sum-exp in the loss. On the CPU the maxima

@@ -29,22 +29,23 @@ struct Lanes {
   static constexpr int kRegs = kLanes / O::kClasses;
   Reg reg[kRegs];
 
-  // For a panel of n classes: few of them, one a register, touch some of the registers alone.
+  // For a panel of n classes. With one class a register (Across), fewer classes than registers leave the others unset.
   Lanes(typename V::T start, int n) {
     for (int k = 0; k < touched(n); ++k) reg[k] = V::set(start);
   }
 
-  // Lane i takes in lane i + half, then half of half, down to one. Lanes that no class touches hold the start, and are taken in
-  // at the first step alone: again they would change nothing.
+  // Lane i takes in lane i + half, then half of half, down to one. Lanes that no class touches would hold the start, which is
+  // taken in at the first step alone: no sum is -0, and again it would change nothing.
   template <class Merge>
   void reduce(Merge merge, typename V::T start, int n, typename V::T* out) const {
     Reg r[kRegs / 2];
     if constexpr (O::kRows == 1) {
       for (int k = 0; k < kRegs / 2; ++k) r[k] = merge(reg[k], reg[k + kRegs / 2]);
     } else {
-      for (int k = 0; k < kRegs / 2 && k < touched(n); ++k) {
+      int k = 0;
+      do {
         r[k] = merge(reg[k], k + kRegs / 2 < touched(n) ? reg[k + kRegs / 2] : V::set(start));
-      }
+      } while (++k < kRegs / 2 && k < touched(n));
     }
 #pragma GCC unroll 8
     for (int half = kRegs / 4; half >= 1; half /= 2) {

@@ -20,7 +20,8 @@ struct Along {
   FASTLOSS_HD static typename V::Reg per_row(const T* p) { return V::set(*p); }
   FASTLOSS_HD static typename V::Reg per_class(const T* p) { return V::load(p); }
   static void store_per_row(T* p, typename V::Reg x) { *p = V::first(x); }
-  // Classes of a panel. Those behind the last hold -inf, so that the loops have no tails: exp(-inf) adds exactly 0.
+  // Room of a panel. What lies behind the last class in its register holds -inf, so that the loops have no tails: exp(-inf)
+  // adds exactly 0. Registers behind that one may hold anything.
   static int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 };
 
@@ -212,23 +213,25 @@ class Ahead {
   Ahead(const Tile& logits, int rows, int64_t block) {
     if (rows > 1 || logits.class_step != 1) return;
     const int itemsize = with_storage(logits.dtype, [](auto tag) { return int(sizeof(typename decltype(tag)::Type)); });
-    at_ = logits.data + block * kBlock * itemsize + kBytes;
+    at_ = reinterpret_cast<uintptr_t>(logits.data) + block * kBlock * itemsize + kBytes;
     share_ = kLanes * itemsize / kShares;
   }
   Ahead() = default;
 
-  // So many shares of what follows for another kLanes classes, each of them at most as wide as A: without a branch.
+  // So many quarters of what follows for another kLanes classes, without a branch: 16-bit logits fetch their lines twice.
   static constexpr int kShares = 4;
   template <class A>
   void fetch(int shares) {
 #pragma GCC unroll 8
-    for (int line = 0; line < shares * int(kLanes * sizeof(A)) / kShares / 64; ++line) __builtin_prefetch(at_ + 64 * line);
+    for (int line = 0; line < shares * int(kLanes * sizeof(A)) / kShares / 64; ++line) {
+      __builtin_prefetch(reinterpret_cast<const char*>(at_ + 64 * line));
+    }
     at_ += shares * share_;
   }
 
  private:
   static constexpr int kBytes = 1 << 14;
-  const char* at_ = reinterpret_cast<const char*>(this);  // a place in the caches
+  uintptr_t at_ = reinterpret_cast<uintptr_t>(this);  // a place in the caches
   int share_ = 0;
 };
 

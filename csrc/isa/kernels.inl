@@ -149,11 +149,11 @@ template <class V>
 void finish(const Pass& pass, const Tile& logits, int rows, const Partials& partials, RowStats* stats, Scratch& scratch) {
   using A = typename V::T;
   finish_rows<typename V::Wide>(pass, partials, rows, stats);
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < rows && (pass.want & kWantArgmax); ++r) {
     RowStats& s = stats[r];
     const int64_t top = s.argmax;  // the block
     s.argmax = -1;
-    if (!(pass.want & kWantArgmax) || s.rest != s.rest) continue;
+    if (s.rest != s.rest) continue;
     Tile row = logits;
     with_storage(logits.dtype,
                  [&](auto tag) { row.data = reinterpret_cast<char*>(element<typename decltype(tag)::Type>(logits, r, 0)); });
