@@ -43,9 +43,10 @@ struct Lanes {
       for (int k = 0; k < kRegs / 2; ++k) r[k] = merge(reg[k], reg[k + kRegs / 2]);
     } else {
       int k = 0;
-      do {
+      do {  // there is a class
         r[k] = merge(reg[k], k + kRegs / 2 < touched(n) ? reg[k + kRegs / 2] : V::set(start));
-      } while (++k < kRegs / 2 && k < touched(n));
+        ++k;
+      } while (k < kRegs / 2 && k < touched(n));
     }
 #pragma GCC unroll 8
     for (int half = kRegs / 4; half >= 1; half /= 2) {
