@@ -148,6 +148,7 @@ NUMPY = {
     "axis before the first": ({"axis": -3}, IndexError, ["axis", "-3"]),
     "axis of float": ({"axis": 1.0}, TypeError, ["axis", "float"]),
     "reduction of None": ({"reduction": None}, TypeError, ["reduction", "NoneType"]),
+    "a word for return_grad": ({"return_grad": "no"}, TypeError, ["return_grad", "True or False", "'no'"]),
 }
 
 
@@ -285,7 +286,7 @@ def torch_only():
         "smoothing that needs a gradient": (
             lambda: cross_entropy(x, y, label_smoothing=torch.tensor(0.1, requires_grad=True)),
             TypeError,
-            ["label_smoothing", "Tensor"],
+            ["label_smoothing", "Tensor", "requires a gradient"],
         ),
         "smoothing of one dimension": (
             lambda: cross_entropy(x, y, label_smoothing=torch.tensor([0.1])),

@@ -252,6 +252,11 @@ def raises(call, error, words):
         assert word in str(raised.value)
 
 
+def test_return_grad_is_on_or_off():
+    call = lambda: fastloss.linear_cross_entropy(H, W, Y, return_grad="no")  # noqa: E731
+    raises(call, TypeError, ["return_grad must be True or False", "'no'"])
+
+
 @pytest.mark.parametrize("case", BOTH)
 def test_bad_input_raises(case):
     changed, error, words = BOTH[case]

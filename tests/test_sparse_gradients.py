@@ -213,6 +213,16 @@ def autocast_of_bias():
 LOW = (torch.bfloat16, torch.bfloat16, torch.float32)
 CALLS = {
     "exact": (lambda: ours(*leaves()[:2], IGNORED, sparse=True), ValueError, "backward='sampled'"),
+    "a word": (
+        lambda: ours(*leaves()[:2], IGNORED, backward="sampled", sparse="no"),
+        TypeError,
+        "sparse must be True or False, got 'no'",
+    ),
+    "module, a number": (
+        lambda: fastloss.torch.LinearCrossEntropyLoss(FEATURES, CLASSES, backward="sampled", sparse=1),
+        TypeError,
+        "sparse must be True or False, got 1",
+    ),
     "places": (
         lambda: ours(leaves()[0], torch.zeros(CLASSES, 2, FEATURES).double(), IGNORED, backward="sampled", sparse=True),
         ValueError,

@@ -148,10 +148,17 @@ def check_denominator_use(reduction: object) -> None:
         raise ValueError(f"denominator goes with reduction='mean', got reduction={reduction!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Checks what is either on or off."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def number(name: str, value: object) -> float:
     """Returns a finite real number as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        why = " that requires a gradient: it is a constant here" if getattr(value, "requires_grad", False) else ""
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{why}")
     try:
         converted = float(value)
     except OverflowError:  # an int beyond all floats

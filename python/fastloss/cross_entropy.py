@@ -118,6 +118,7 @@ def cross_entropy(
     z-loss from Chowdhery et al., "PaLM" (2022); softcap from "Gemma 2" (2024); logit adjustment from Menon et al.,
     "Long-tail learning via logit adjustment" (2021).
     """
+    _options.check_flag("return_grad", return_grad)
     options = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
     x = _arrays.floating(logits, "logits")
     axis = _options.class_axis(axis, x.shape, "axis", "logits")

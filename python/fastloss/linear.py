@@ -90,6 +90,7 @@ def linear_cross_entropy(
     Source: the sampling rule from Wangni et al., "Gradient Sparsification for Communication-Efficient Distributed
     Optimization" (2018).
     """
+    _options.check_flag("return_grad", return_grad)
     options = _options.loss_options(ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, denominator)
     sampled, least = _options.backward_code(backward), _options.threshold(threshold)
     if seed is not None and not isinstance(seed, np.random.Generator):

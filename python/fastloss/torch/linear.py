@@ -94,7 +94,8 @@ def linear_cross_entropy(
         backward: ``"exact"`` or ``"sampled"``.
         threshold: t in (0, 1], for the sampled backward.
         seed: an int, as `torch.manual_seed` takes it, or a `torch.Generator`, for the sampled backward; by default a number
-            drawn from PyTorch's generator, the only one that `torch.compile` takes. Of a weight with further dimensions, place
+            drawn from PyTorch's generator, the only one that `torch.compile` takes. The same int makes the same sample at each
+            call: pass another one each step. Of a weight with further dimensions, place
             i in row-major order has the seed ``seed + i * 0x9E3779B97F4A7C15`` modulo 2**64. Under `torch.vmap` a given one
             serves every sample; drawn ones follow its `randomness`.
         sparse: for the sampled backward: the gradients by `linear_weight` ``(C, H)`` and `linear_bias` are sparse tensors with
@@ -131,6 +132,7 @@ def linear_cross_entropy(
     """
     check_factors(input, linear_weight, linear_bias)
     sampled = _options.backward_code(backward)
+    _options.check_flag("sparse", sparse)
     if sparse:
         check_sparse(sampled, linear_weight.shape[1:-1])
         check_sparse_factors(input, linear_weight, linear_bias)

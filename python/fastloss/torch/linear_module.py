@@ -99,6 +99,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         default = DEFAULT_IGNORE_INDEX if ignore_index is None else ignore_index
         loss_options(default, reduction, label_smoothing, z_loss, softcap, temperature, None)
         sampled = _options.backward_code(backward)
+        _options.check_flag("sparse", sparse)
         if sparse:
             check_sparse(sampled, out_features)
         chunk_size_of(chunk_tokens, options)
