@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -130,10 +130,6 @@ def _growth(rows: list[Row]) -> Figure:
     return figure
 
 
-def _shape(shape: Sequence[int]) -> str:
-    return "\nx ".join((f"{shape[0]} x {shape[1]}", *map(str, shape[2:])))
-
-
 def _small(rows: list[Row]) -> Figure:
     figure, axes = plt.subplots(figsize=(10, 4.5))
     light, dark = COLOURS["fastloss in place"], COLOURS["fastloss"]
@@ -141,8 +137,8 @@ def _small(rows: list[Row]) -> Figure:
     for operation, colour in (("forward", light), ("forward + backward", dark)):
         of_operation = [row for row in rows if row["operation"] == operation and row["ratio"]]
         shown[operation] = [row["ratio"] for row in of_operation]
-        labels = [_shape(row["shape"]) for row in of_operation]
-        axes.plot(labels, shown[operation], "o-", color=colour, label=operation)
+        labels = ["\nx ".join(map(str, row["shape"])) for row in of_operation]
+        axes.plot(labels, shown[operation], "o", color=colour, label=operation)
     for place, pair in enumerate(zip(*shown.values(), strict=True)):
         for ratio, side in ((max(pair), 7), (min(pair), -13)):
             axes.annotate(f"{ratio:.2f}", (place, ratio), (0, side), textcoords="offset points", ha="center", fontsize=8)
