@@ -203,38 +203,45 @@ struct PanelSums {
   typename O::T sum[O::kRows], others[O::kRows], sum_x[O::kRows], sum_sq[O::kRows];
 };
 
-// sum e without the first class of the maximal logit, whose 1 would round the others away. In one row, that class touches one
-// register of the virtual lanes, which is added up again; rows side by side have their top classes in lanes of their own, and
-// take all of them.
 template <class O>
-inline void sums_of_others(const typename O::T* z, int n, const typename O::T* max, Lanes<O> sums, PanelSums<O>& out) {
+inline typename O::V::Reg power_at(const typename O::T* z, int at, typename O::V::Reg reference) {
+  const BegunExp<typename O::V> begun = begin_exp<O>(z, at, reference);
+  return exp_shifted<typename O::V>(begun.x, begun.shifted);
+}
+
+// sum e without the first class of the maximal logit, whose 1 would round the others away, in the lanes of sum e: that class
+// touched one of their registers, which is added up again. They are a copy, so that those of the caller stay in registers.
+template <class O>
+inline void sum_of_others(const typename O::T* z, int n, typename O::T max, Lanes<O> lanes, typename O::T* out) {
+  using V = typename O::V;
+  typename O::T offset[V::kWidth];
+  for (int j = 0; j < V::kWidth; ++j) offset[j] = j;
+  const auto offsets = V::load(offset);
+  const int top = first_of_max<V>(z, n, max), touched = top % kLanes / V::kWidth;
+  auto again = V::set(0);
+  for (int at = touched * V::kWidth; at < n; at += kLanes) {
+    const auto e = power_at<O>(z, at, V::set(max));
+    again = V::add(again, V::zero_where_zero(e, V::sub(V::set(top - at), offsets)));
+  }
+  for (int k = 0; k < Lanes<O>::kRegs; ++k) lanes.reg[k] = k == touched ? again : lanes.reg[k];
+  lanes.sum(n, out);
+}
+
+// The same of rows side by side, whose top classes are in lanes of their own: of all classes.
+template <class O>
+inline void sums_of_others(const typename O::T* z, int n, const typename O::T* max, typename O::T* out) {
   using V = typename O::V;
   const auto reference = O::per_row(max);
-  const auto power = [&](int at) {
-    const BegunExp<V> begun = begin_exp<O>(z, at, reference);
-    return exp_shifted<V>(begun.x, begun.shifted);
-  };
-  Lanes<O> others(0, n);
-  if constexpr (O::kRows > 1) {
-    auto first = V::set(n);
-    for (int at = n - 1; at >= 0; --at) first = V::select_greater(reference, load_at<O>(z, at), first, V::set(at));
-    for_registers<O>(
-        n, [] {},
-        [&](int at, int k) {
-          others.reg[k] = V::add(others.reg[k], V::zero_where_zero(power(at), V::sub(first, V::set(at))));
-        });
-  } else {
-    typename O::T offset[V::kWidth];
-    for (int j = 0; j < V::kWidth; ++j) offset[j] = j;
-    const auto offsets = V::load(offset);
-    const int top = first_of_max<V>(z, n, *max), lanes = top % kLanes / V::kWidth;
-    auto again = V::set(0);
-    for (int at = lanes * V::kWidth; at < n; at += kLanes) {
-      again = V::add(again, V::zero_where_zero(power(at), V::sub(V::set(top - at), offsets)));
-    }
-    for (int k = 0; k < Lanes<O>::kRegs; ++k) others.reg[k] = k == lanes ? again : sums.reg[k];
-  }
-  others.sum(n, out.others);
+  auto first = V::set(n);
+  for (int at = n - 1; at >= 0; --at) first = V::select_greater(reference, load_at<O>(z, at), first, V::set(at));
+  Lanes<O> lanes(0, n);
+  for_registers<O>(
+      n, [] {},
+      [&](int at, int k) {
+        const auto e = power_at<O>(z, at, reference);
+        lanes.reg[k] = V::add(lanes.reg[k], V::zero_where_zero(e, V::sub(first, V::set(at))));
+      });
+  lanes.sum(n, out);
 }
 
 // sum e, sum e x, sum e^2 of each row, with x = z - ref and e = exp(x), which stays in `powers` with kKeep.
@@ -256,7 +263,11 @@ inline void exp_sums(const typename O::T* z, int n, const typename O::T* ref, Ah
   sum.sum(n, out.sum);
   bool confident = false;
   for (int r = 0; r < O::kRows; ++r) confident |= is_confident(out.sum[r]);
-  if (confident) sums_of_others<O>(z, n, ref, sum, out);
+  if constexpr (O::kRows == 1) {
+    if (confident) sum_of_others<O>(z, n, *ref, sum, out.others);
+  } else {
+    if (confident) sums_of_others<O>(z, n, ref, out.others);
+  }
   if constexpr (kEntropy) sum_x.sum(n, out.sum_x);
   if constexpr (kSquares) sum_sq.sum(n, out.sum_sq);
 }

@@ -20,9 +20,9 @@ struct Along {
   FASTLOSS_HD static typename V::Reg per_row(const T* p) { return V::set(*p); }
   FASTLOSS_HD static typename V::Reg per_class(const T* p) { return V::load(p); }
   static void store_per_row(T* p, typename V::Reg x) { *p = V::first(x); }
-  // Room of a panel. What lies behind the last class in its register holds -inf, so that the loops have no tails: exp(-inf)
-  // adds exactly 0. Registers behind that one may hold anything.
-  static int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+  // Classes of a panel: whole registers. Those behind the last hold -inf, so that the loops have no tails: exp(-inf) adds
+  // exactly 0.
+  static int padded(int n) { return (n + kClasses - 1) / kClasses * kClasses; }
 };
 
 template <class V_>
@@ -160,8 +160,14 @@ inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename
   with_storage(tile.dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     const int whole = whole_rows<O, T>(tile, rows);
-    if constexpr (O::kRows == 1) {
-      for (int r = 0; r < whole; ++r) widen_run<V>(element<const T>(tile, r, first), n, z + r * panel_size);
+    if constexpr (O::kRows == 1 && kNative<V, T>) {
+      const int even = n / V::kWidth * V::kWidth;
+      for (int r = 0; r < whole; ++r) {
+        const T* x = element<const T>(tile, r, first);
+        A* out = z + r * panel_size;
+        widen_run<V>(x, even, out);
+        if (even < n) V::store(out + even, V::load_first(x + even, n - even, V::set(padding)));
+      }
     } else if constexpr (kNative<V, T>) {
       for (int j = 0; j < n; ++j) {
         // Each class is another place in memory, too many for the hardware to follow: fetch the next ones by hand.
@@ -175,12 +181,12 @@ inline void load_tile(const Tile& tile, int64_t first, int n, int rows, typename
     for_places(tile, whole, rows, n, [&](int r, int j) {
       z[place<O>(r, j, panel_size)] = static_cast<A>(widen(*element<const T>(tile, r, first + j)));
     });
+    for (int r = whole; r < rows; ++r) {
+      for (int j = n; j < O::padded(n); ++j) z[r * panel_size + j] = padding;
+    }
   });
   for (int r = rows; r < panel_count<O>(rows) * O::kRows; ++r) {
     for (int j = 0; j < n; ++j) z[place<O>(r, j, panel_size)] = 0;
-  }
-  for (int r = 0; r < rows && O::padded(n) > n; ++r) {
-    for (int j = n; j < O::padded(n); ++j) z[r * panel_size + j] = padding;
   }
 }
 

@@ -253,8 +253,8 @@ def raises(call, error, words):
 
 
 def test_return_grad_is_on_or_off():
-    call = lambda: fastloss.linear_cross_entropy(H, W, Y, return_grad="no")  # noqa: E731
-    raises(call, TypeError, ["return_grad must be True or False", "'no'"])
+    words = ["return_grad must be True or False", "'no'"]
+    raises(lambda: fastloss.linear_cross_entropy(H, W, Y, return_grad="no"), TypeError, words)
 
 
 @pytest.mark.parametrize("case", BOTH)

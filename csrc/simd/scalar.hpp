@@ -126,10 +126,10 @@ struct ScalarF32 {
   FASTLOSS_HD static Reg load(const float* p) { return *p; }
   FASTLOSS_HD static Reg load(const BF16* p) { return widen(*p); }
   FASTLOSS_HD static Reg load(const F16* p) { return widen(*p); }
-  // The first n elements, or all that a register holds; what lies behind them is not touched, and comes from `behind`.
+  // The first n >= 1 elements, or all that a register holds; what lies behind them is not touched, and comes from `behind`.
   template <class T>
-  FASTLOSS_HD static Reg load_first(const T* p, int n, Reg behind) {
-    return n > 0 ? load(p) : behind;
+  FASTLOSS_HD static Reg load_first(const T* p, int, Reg /*behind*/) {
+    return load(p);
   }
   FASTLOSS_HD static void store(float* p, Reg x) { *p = x; }
   // Past the caches, to a place aligned to what is written; fence() ends a run of them.
@@ -172,7 +172,7 @@ struct ScalarF64 {
   FASTLOSS_HD static Reg set(T x) { return x; }
   FASTLOSS_HD static T first(Reg a) { return a; }
   FASTLOSS_HD static Reg load(const double* p) { return *p; }
-  FASTLOSS_HD static Reg load_first(const double* p, int n, Reg behind) { return n > 0 ? *p : behind; }
+  FASTLOSS_HD static Reg load_first(const double* p, int, Reg /*behind*/) { return *p; }
   FASTLOSS_HD static void store(double* p, Reg x) { *p = x; }
   FASTLOSS_HD static void stream(double* p, Reg x) { *p = x; }
   FASTLOSS_HD static void fence() {}
