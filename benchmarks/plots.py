@@ -68,7 +68,7 @@ def _large(rows: list[Row], what: str, peer: str, stream: str) -> Figure:
         if peer in times and "torch eager" in times:
             speedups.append(times["torch eager"] / times[peer])
     claim = f": {min(speedups):.1f} to {max(speedups):.1f} times as fast as PyTorch eager" if speedups else ""
-    figure.suptitle(f"{what}{claim}", x=0.01, ha="left")
+    figure.suptitle(f"{what}{claim}" if columns > 1 else f"{what}{claim}".replace(": ", ":\n"), x=0.01, ha="left")
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     return figure
 
@@ -93,7 +93,7 @@ def _memory(rows: list[Row]) -> Figure:
         panel = [row for row in rows if row["dtype"] == dtype]
         bars(axes, panel, lambda mb: f"{mb / 1e3:.2f} GB" if mb >= 100 else f"{mb:.1f} MB", "peak_mb")
         axes.axvline(panel[0]["logits_mb"], color="#000000", linestyle=(0, (4, 2)), linewidth=1, label="size of the logits")
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="upper right", fontsize=8)
         axes.set_title(f"{dtype}, {panel[0]['shape'][0]} rows x {panel[0]['shape'][1]:,} classes")
         axes.set_xlabel("MB")
     units = [row["peak_mb"] / row["logits_mb"] for row in rows if row["peer"] == "fastloss"]
