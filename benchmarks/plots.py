@@ -61,7 +61,7 @@ def _large(rows: list[Row], what: str, peer: str, stream: str) -> Figure:
         floor = [r["ms"] for r in rows if r["peer"] == stream and (r["dtype"], r["classes"]) == (dtype, classes)]
         if floor:
             axes.axvline(floor[0], color="#000000", linestyle=(0, (4, 2)), linewidth=1, label="memory stream limit")
-            axes.legend(loc="lower right", fontsize=8)
+            axes.legend(loc="upper right", fontsize=8)
         axes.set_title(f"{dtype}, {panel[0]['rows']} rows x {classes:,} classes")
         axes.set_xlabel("milliseconds, median (whiskers: quartiles)")
         times = {row["peer"]: row["ms"] for row in panel}
